@@ -1,0 +1,40 @@
+"""Tests marked ``gpu`` need a usable NVIDIA GPU; they are skipped without one, and counted."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+
+@cache
+def gpu_problem() -> str | None:
+    """Why no GPU can be used, or None when there is one. Imports cupy: ask only for a gpu test."""
+    try:
+        import cupy
+
+        usable = cupy.cuda.is_available()
+    except Exception as error:  # a broken CuPy or driver fails in many ways
+        return f"CuPy does not work: {error}"
+    return None if usable else "no usable NVIDIA GPU"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a gpu test where there is no GPU."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    problem = gpu_problem()
+    if problem is not None:
+        pytest.skip(problem)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line that counts the gpu tests, so that a run without a GPU does not pass for one with."""
+    skipped = _count_gpu(terminalreporter, "skipped")
+    ran = _count_gpu(terminalreporter, "passed") + _count_gpu(terminalreporter, "failed")
+    if skipped or ran:
+        terminalreporter.write_line(f"gpu tests: {ran} ran, {skipped} skipped")
+
+
+def _count_gpu(reporter: pytest.TerminalReporter, outcome: str) -> int:
+    return sum("gpu" in report.keywords for report in reporter.stats.get(outcome, []))
