@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def resource_dir(name: str) -> Path:
-    """The folder ``cuda`` or ``weights``: inside an installed package, else beside it in a checkout.
+    """The folder ``cuda`` or ``weights``: in an installed package, else beside it in a checkout.
 
     Raises MinflashError when there is neither: the installation is incomplete.
     """

@@ -29,7 +29,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line that counts the gpu tests, so that a run without a GPU does not pass for one with."""
+    """Count the gpu tests in one line, so that a run without a GPU cannot pass for one with."""
     skipped = _count_gpu(terminalreporter, "skipped")
     ran = _count_gpu(terminalreporter, "passed") + _count_gpu(terminalreporter, "failed")
     if skipped or ran:
