@@ -12,12 +12,15 @@ Names are imported when first used, so that ``import minflash`` itself costs alm
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .arguments import Message, Options, Prompt
+    from .chunk import Chunk, Stats
     from .config import ModelConfig
     from .convert import convert
     from .errors import (
@@ -31,18 +34,23 @@ if TYPE_CHECKING:
         MinflashError,
         TokenizerError,
     )
-    from .llm import LLM, Chunk, Stats, chat, generate, load, stream
+    from .llm import LLM
+    from .loading import load
     from .sampling import Sampling
+    from .shortcuts import chat, generate, stream
 
 _HOME = {
-    **dict.fromkeys(("LLM", "Chunk", "Stats", "chat", "generate", "load", "stream"), "llm"),
+    **dict.fromkeys(("chat", "generate", "stream"), "shortcuts"),
+    **dict.fromkeys(("Chunk", "Stats"), "chunk"),
     **dict.fromkeys(("Message", "Options", "Prompt"), "arguments"),
     **dict.fromkeys(("ArgumentError", "CheckpointError", "ConfigError", "ContextError"), "errors"),
     **dict.fromkeys(("ConvertError", "DeviceError", "DownloadError"), "errors"),
     **dict.fromkeys(("MinflashError", "TokenizerError"), "errors"),
+    "LLM": "llm",
     "ModelConfig": "config",
     "Sampling": "sampling",
     "convert": "convert",
+    "load": "loading",
 }  # public name -> the module that defines it
 
 __all__ = [
@@ -83,3 +91,17 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``minflash.chat`` and ``minflash.convert`` the functions.
+
+    The import system would replace them by the modules of the same names once those are imported.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

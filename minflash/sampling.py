@@ -91,8 +91,8 @@ def sample(logits: NDArray[np.float32], sampling: Sampling, position: int) -> in
     best = int(np.argmax(logits))  # the first NaN, if there is one
     if not np.isfinite(logits[best]):
         raise MinflashError(
-            f"the model gave {logits[best]} as a logit (token {best}, position {position}): its weights "
-            "are damaged or overflow; check the checkpoint, or convert it again from its source"
+            f"the model gave {logits[best]} as a logit (token {best}, position {position}): its "
+            "weights are damaged or overflow; check the checkpoint, or convert it again"
         )
     if sampling.greedy:
         return best

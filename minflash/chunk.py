@@ -1,0 +1,61 @@
+"""What a stream yields, and what a generation took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .memory import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one generation took. Rates are in tokens per second."""
+
+    prompt_tokens: int
+    generation_tokens: int  # the end-of-text token included
+    prompt_tps: float  # prompt tokens by the time to the first token
+    generation_tps: float  # tokens after the first by the time after the first; 0 with one token
+    time_to_first_token: float  # seconds
+    peak_memory_bytes: int  # on the CPU: the largest size this process had so far
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One token of a stream, and the text that it made certain (often none, or several tokens')."""
+
+    text: str
+    token: int
+    logprob: float | None = None
+    finish_reason: str | None = None  # of the last chunk: "stop" or "length"
+    stats: Stats | None = None  # of the last chunk
+
+
+class Clock:
+    """Counts the tokens of one generation and when they came."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.tokens = 0
+        self._begin = self._first = self._last = time.perf_counter()
+
+    def tick(self) -> None:
+        self._last = time.perf_counter()
+        if self.tokens == 0:
+            self._first = self._last
+        self.tokens += 1
+
+    def stats(self, engine: Engine) -> Stats:
+        to_first, after = self._first - self._begin, self._last - self._first
+        return Stats(
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.tokens,
+            prompt_tps=self.prompt_tokens / to_first if to_first else 0.0,
+            generation_tps=(self.tokens - 1) / after if after else 0.0,
+            time_to_first_token=to_first,
+            peak_memory_bytes=peak_memory_bytes(engine),
+        )

@@ -1,0 +1,76 @@
+"""Memory: how much is free, how much was used, and how long a context it allows on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import ContextError, DeviceError
+from .notice import say_once
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .engine import Engine
+
+MEMORY_SHARE = 0.8  # part of the free memory that a KV cache may grow into
+
+
+def cpu_context(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Positions for the CPU: ``asked``, or the model's own within the memory that is free now.
+
+    Raises ContextError when ``asked`` is too much, DeviceError when the weights do not fit.
+    """
+    config = checkpoint.config
+    if asked is not None and asked > config.max_context:
+        raise ContextError(
+            f"max_context is {asked}, but the model's own is {config.max_context} positions; "
+            f"ask for at most {config.max_context}"
+        )
+    weight_bytes = sum(4 * layout.rows * layout.cols for layout in checkpoint.matrices.values())
+    position_bytes = 4 * 2 * config.n_layers * config.n_kv_heads * config.head_dim  # K, V: float32
+    free_bytes = free_memory_bytes()
+    room = int((free_bytes - weight_bytes) * MEMORY_SHARE) // position_bytes
+    wanted = asked or config.max_context
+    if wanted <= room:
+        return wanted
+    if room < 1:
+        raise DeviceError(
+            f"the weights take {weight_bytes / 1e9:.1f} GB as float32 on the CPU, and "
+            f"{free_bytes / 1e9:.1f} GB of memory are free; free some or take a smaller model"
+        )
+    if asked is not None:
+        raise ContextError(
+            f"max_context is {asked} positions of {position_bytes} bytes, but the free memory "
+            f"({free_bytes / 1e9:.1f} GB) allows {room}; ask for at most {room}"
+        )
+    say_once(
+        f"the context is {room} positions, bounded by {free_bytes / 1e9:.1f} GB of free memory "
+        f"(the model's own is {config.max_context})"
+    )
+    return room
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had now: what the system calls available, within the group's limit."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = (
+            int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+        )
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free
+
+
+def peak_memory_bytes(engine: Engine) -> int:
+    """The engine's own peak where it counts one (a GPU), else the largest size of this process."""
+    own = getattr(engine, "peak_memory_bytes", None)
+    if own is not None:
+        return int(own() if callable(own) else own)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
