@@ -1,4 +1,4 @@
-"""ModelConfig: the facts of a model. Every quirk of a Hugging Face config.json is resolved here, once.
+"""ModelConfig: the facts of a model. Every quirk of a config.json is resolved here, once.
 
 The keys, their defaults and their meaning are those of the transformers library, version 5
 (``configuration_llama.py``, ``configuration_mistral.py``, ``configuration_qwen2.py``,
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ConfigError
+from .json_keys import REQUIRED, JsonKeys
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -37,36 +38,36 @@ MAX_LAYERS = 1 << 10
 MAX_VOCAB = 1 << 24
 MAX_CONTEXT = 1 << 27
 
-# Keys of other models that change the result. Only these values (or a missing key) are accepted.
+# Keys of other models that change the result. Only these values, null or a missing key will do.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": (None, "silu", "swish"),
-    "partial_rotary_factor": (None, 1),
-    "rotary_pct": (None, 1),
-    "rope_interleaved": (None, False),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "logit_softcapping": (None,),
-    "query_pre_attn_scalar": (None,),
-    "attention_multiplier": (None,),
-    "embedding_multiplier": (None, 1),
-    "residual_multiplier": (None, 1),
-    "logits_scaling": (None, 1),
-    "logit_scale": (None, 1),
-    "scale_emb": (None, 1),
-    "scale_depth": (None,),
-    "clip_qkv": (None,),
-    "qk_layernorm": (None, False),
-    "use_qk_norm": (None, False),
-    "no_rope_layers": (None, []),
-    "attention_chunk_size": (None,),
-    "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-    "is_causal": (None, True),
-    "use_bidirectional_attention": (None, False),
-    "alibi": (None, False),
-}  # fmt: skip
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "rope_interleaved": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "attention_multiplier": (),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "clip_qkv": (),
+    "qk_layernorm": (False,),
+    "use_qk_norm": (False,),
+    "no_rope_layers": ([],),
+    "attention_chunk_size": (),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "alibi": (False,),
+}
 
 
 @dataclass(frozen=True)
@@ -136,20 +137,17 @@ class ModelConfig:
         ``max_context`` is max_position_embeddings, except where RoPE scaling reaches further:
         times ``factor`` for linear and dynamic, original context times ``factor`` for yarn.
         """
-        keys = _Keys(config, source)
+        keys = JsonKeys(config, source)
         architecture = _architecture(keys)
+        qwen = architecture in ("qwen2", "qwen3")
         _reject_unsupported(keys, architecture)
         n_heads = keys.integer("num_attention_heads", 1, MAX_HEADS)
         dim = keys.integer("hidden_size", 1, MAX_DIM)
         head_dim = _head_dim(keys, architecture, dim, n_heads)
         n_layers = keys.integer("num_hidden_layers", 1, MAX_LAYERS)
         vocab_size = keys.integer("vocab_size", 1, MAX_VOCAB)
-        positions = keys.integer(
-            "max_position_embeddings",
-            1,
-            MAX_CONTEXT,
-            {"llama": 2048, "mistral": 131072}.get(architecture, 32768),
-        )
+        default_positions = {"llama": 2048, "mistral": 131072}.get(architecture, 32768)
+        positions = keys.integer("max_position_embeddings", 1, MAX_CONTEXT, default_positions)
         rope = _rope(keys, head_dim, positions)
         optional_bias = architecture in ("llama", "qwen3") and keys.boolean("attention_bias", False)
         return cls(
@@ -170,191 +168,85 @@ class ModelConfig:
             mlp_bias=architecture == "llama" and keys.boolean("mlp_bias", False),
             qk_norm=architecture == "qwen3",
             windows=_windows(keys, architecture, n_layers),
-            bos_token_ids=keys.token_ids(
-                "bos_token_id", vocab_size, 1 if architecture in ("llama", "mistral") else None
-            ),
-            eos_token_ids=keys.token_ids(
-                "eos_token_id", vocab_size, 2 if architecture in ("llama", "mistral") else None
-            ),
+            bos_token_ids=keys.token_ids("bos_token_id", vocab_size, None if qwen else 1),
+            eos_token_ids=keys.token_ids("eos_token_id", vocab_size, None if qwen else 2),
         )
 
 
-_REQUIRED: Any = object()
-
-
-class _Keys:
-    """Checked access to a mapping of JSON values. A null counts as a missing key unless said."""
-
-    def __init__(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
-        if not isinstance(values, Mapping):
-            where = f"{source}: {prefix.rstrip('.')}" if prefix else source
-            raise ConfigError(f"{where} must be a JSON object, found {type(values).__name__}")
-        self.values, self.source, self.prefix = values, source, prefix
-
-    def error(self, key: str, rule: str) -> ConfigError:
-        found = repr(self.values[key]) if key in self.values else "nothing"
-        if len(found) > 100:
-            found = found[:97] + "..."
-        return ConfigError(f"{self.source}: {self.prefix}{key} must be {rule}, found {found}")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def _value(self, key: str, default: Any, rule: str) -> Any:
-        value = self.get(key, default)
-        if value is _REQUIRED:
-            raise self.error(key, f"{rule} and cannot be left out")
-        return value
-
-    def integer(self, key: str, low: int, high: int, default: Any = _REQUIRED) -> int:
-        rule = f"an integer from {low} to {high}"
-        value = self._value(key, default, rule)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(key, rule)
-        return value
-
-    def number(self, key: str, low: float, high: float, default: Any = _REQUIRED) -> float:
-        rule = f"a finite number from {low:g} to {high:g}"
-        value = self._value(key, default, rule)
-        # Comparing comes before float(): an integer of 400 digits has no float. NaN fails it too.
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not low <= value <= high
-        ):
-            raise self.error(key, rule)
-        return float(value)
-
-    def optional_number(self, key: str, low: float, high: float) -> float | None:
-        return None if self.get(key) is None else self.number(key, low, high)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false")
-        return value
-
-    def factors(self, key: str, count: int) -> tuple[float, ...]:
-        rule = f"a list of {count} finite positive numbers (head_dim / 2)"
-        values = self.get(key)
-        if not isinstance(values, (list, tuple)) or len(values) != count:
-            raise self.error(key, rule)
-        for value in values:
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not 1e-9 <= value <= 1e9
-            ):
-                raise self.error(key, rule)
-        return tuple(float(value) for value in values)
-
-    def token_ids(self, key: str, vocab_size: int, default: int | None) -> tuple[int, ...]:
-        """An id, a list of ids or null; a missing key is ``default`` where the vocabulary has it."""
-        if key not in self.values:
-            return () if default is None or default >= vocab_size else (default,)
-        value = self.values[key]
-        ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise self.error(
-                    key,
-                    f"a token id from 0 to {vocab_size - 1} (vocab_size - 1), a list of them, or null",
-                )
-        return tuple(ids)
-
-
-def _architecture(keys: _Keys) -> str:
+def _architecture(keys: JsonKeys) -> str:
     """llama, mistral, qwen2 or qwen3, from ``architectures`` and ``model_type``."""
     supported = ", ".join(ARCHITECTURES)
-    names, model_type = keys.get("architectures", []), keys.get("model_type")
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise keys.error("architectures", f"a list of names, one of them {supported}")
+    names = keys.names("architectures", f"a list of names, one of them {supported}")
+    model_type = keys.get("model_type")
     if not names:
-        if model_type not in ARCHITECTURES.values():
-            raise keys.error(
-                "model_type",
-                f"one of {', '.join(ARCHITECTURES.values())} when architectures is missing",
-            )
+        if model_type not in list(ARCHITECTURES.values()):
+            types = ", ".join(ARCHITECTURES.values())
+            raise keys.error("model_type", f"one of {types} when architectures is left out")
         return str(model_type)
     found = [ARCHITECTURES[name] for name in names if name in ARCHITECTURES]
     if not found:
         raise ConfigError(
-            f"{keys.source}: architecture {', '.join(names)} is not supported; supported architectures: {supported}"
+            f"{keys.source}: architecture {', '.join(names):.100} is not supported; "
+            f"supported architectures: {supported}"
         )
     if model_type is not None and model_type != found[0]:
-        raise keys.error(
-            "model_type", f"{found[0]!r}, which is what architectures {list(names)} says"
-        )
+        raise keys.error("model_type", f"{found[0]!r}, as architectures says")
     return found[0]
 
 
-def _reject_unsupported(keys: _Keys, architecture: str) -> None:
+def _reject_unsupported(keys: JsonKeys, architecture: str) -> None:
     for key, accepted in _NEUTRAL.items():
         value = keys.get(key)
-        if not any(
+        same = [
             value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted
-        ):
-            choices = " or ".join(repr(one) for one in accepted if one is not None)
-            raise keys.error(
-                key,
-                f"{choices or 'left out'}: anything else changes the result and is not supported",
-            )
-    for key, allowed in (("attention_bias", ("llama", "qwen2", "qwen3")), ("mlp_bias", ("llama",))):
-        if keys.boolean(key, False) and architecture not in allowed:
+        ]
+        if value is not None and not any(same):
+            allowed = " or ".join(repr(one) for one in accepted) or "left out"
+            rule = f"{allowed}: anything else changes the result and is not supported"
+            raise keys.error(key, rule)
+    biased = {"attention_bias": ("llama", "qwen2", "qwen3"), "mlp_bias": ("llama",)}
+    for key, architectures in biased.items():
+        if keys.boolean(key, False) and architecture not in architectures:
             raise keys.error(key, f"false: {architecture} models have no such biases")
-    quantization = keys.get("quantization_config")
-    if quantization is not None:
-        method = _Keys(quantization, keys.source, "quantization_config.")
-        if method.get("quant_method") not in QUANT_METHODS:
-            raise method.error(
-                "quant_method",
-                f"one of {', '.join(QUANT_METHODS)} (convert from the unquantized checkpoint or from a GGUF file)",
-            )
+    if keys.get("quantization_config") is None:
+        return
+    quantization = JsonKeys(keys.get("quantization_config"), keys.source, "quantization_config.")
+    if quantization.get("quant_method") not in QUANT_METHODS:
+        rule = f"{' or '.join(QUANT_METHODS)}; convert from the unquantized model or a GGUF file"
+        raise quantization.error("quant_method", rule)
 
 
-def _hidden_dim(keys: _Keys) -> int:
+def _hidden_dim(keys: JsonKeys) -> int:
     value = keys.integer("intermediate_size", 8, MAX_HIDDEN_DIM)
     if value % 8:  # w_gate_up interleaves its rows in turns of 8
         raise keys.error("intermediate_size", "a multiple of 8")
     return value
 
 
-def _head_dim(keys: _Keys, architecture: str, dim: int, n_heads: int) -> int:
-    default = 128 if architecture == "qwen3" else dim // n_heads
-    if keys.get("head_dim") is None:
-        if architecture != "qwen3" and dim % n_heads:
-            raise keys.error(
-                "hidden_size",
-                f"a multiple of num_attention_heads ({n_heads}) when head_dim is left out",
-            )
-        if default % 2 or not 2 <= default <= MAX_HEAD_DIM:
-            rule = (
-                f"even and from 2 to {MAX_HEAD_DIM}; hidden_size / num_attention_heads is {default}"
-            )
-            raise keys.error("head_dim", rule)
-    value = keys.integer("head_dim", 2, MAX_HEAD_DIM, default)
+def _head_dim(keys: JsonKeys, architecture: str, dim: int, n_heads: int) -> int:
+    """``head_dim``; where it is left out, hidden_size / num_attention_heads (qwen3: 128)."""
+    derived = keys.get("head_dim") is None and architecture != "qwen3"
+    if derived and dim % (2 * n_heads):
+        rule = f"a multiple of 2 x num_attention_heads ({n_heads}) when head_dim is left out"
+        raise keys.error("hidden_size", rule)
+    value = keys.integer("head_dim", 2, MAX_HEAD_DIM, dim // n_heads if derived else 128)
     if value % 2:
-        raise keys.error("head_dim", "even (rotary embedding turns pairs)")
+        raise keys.error("head_dim", "even: rotary embedding turns pairs")
     return value
 
 
-def _n_kv_heads(keys: _Keys, architecture: str, n_heads: int) -> int:
-    # A null means "as many as heads" everywhere; a missing key only for llama.
-    missing = "num_key_value_heads" not in keys.values
-    default = (
-        {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(architecture, n_heads) if missing else n_heads
-    )
+def _n_kv_heads(keys: JsonKeys, architecture: str, n_heads: int) -> int:
+    # A null means "as many as heads" everywhere, a missing key only for llama.
+    missing = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(architecture, n_heads)
+    default = n_heads if "num_key_value_heads" in keys.values else missing
     value = keys.integer("num_key_value_heads", 1, MAX_HEADS, default)
     if n_heads % value:
-        raise keys.error(
-            "num_key_value_heads",
-            f"a divisor of num_attention_heads ({n_heads}; default {default})",
-        )
+        rule = f"a divisor of num_attention_heads, {n_heads} (left out, it means {missing})"
+        raise keys.error("num_key_value_heads", rule)
     return value
 
 
-def _windows(keys: _Keys, architecture: str, n_layers: int) -> tuple[int, ...]:
+def _windows(keys: JsonKeys, architecture: str, n_layers: int) -> tuple[int, ...]:
     """Per layer the sliding window, 0 for full attention.
 
     llama has none. mistral applies ``sliding_window`` (4096 when the key is missing, none when it
@@ -362,122 +254,99 @@ def _windows(keys: _Keys, architecture: str, n_layers: int) -> tuple[int, ...]:
     ``layer_types`` names or else to those from ``max_window_layers`` on.
     """
     window = _window_size(keys, architecture)
-    first = (
-        keys.integer("max_window_layers", 0, 1 << 31, 28)
-        if architecture in ("qwen2", "qwen3")
-        else 0
-    )
+    qwen = architecture in ("qwen2", "qwen3")
+    first = keys.integer("max_window_layers", 0, 1 << 31, 28) if qwen else 0
     windows = tuple(window if layer >= first else 0 for layer in range(n_layers))
-    types = keys.get("layer_types")
-    if types is None:
+    types = keys.names("layer_types", "a list of names")
+    if not types:
         return windows
     named = {"full_attention": 0, "attention": 0, "sliding_attention": window}
-    if not isinstance(types, (list, tuple)) or len(types) != n_layers:
-        raise keys.error("layer_types", f"a list of num_hidden_layers ({n_layers}) names")
-    if not all(isinstance(kind, str) and kind in named for kind in types):
-        raise keys.error("layer_types", "made of full_attention and sliding_attention")
+    if len(types) != n_layers or not set(types) <= set(named):
+        rule = f"num_hidden_layers ({n_layers}) times full_attention or sliding_attention"
+        raise keys.error("layer_types", rule)
+    chosen = tuple(named[name] for name in types)
     if "sliding_attention" in types and not window:
-        raise keys.error(
-            "layer_types",
-            f"full_attention throughout: this {architecture} config sets no sliding window",
-        )
-    chosen = tuple(named[kind] for kind in types)
-    if architecture == "mistral" and chosen != windows:
-        raise keys.error(
-            "layer_types", "the same for all layers and agree with sliding_window (mistral)"
-        )
+        rule = f"full_attention throughout: no sliding window is set for this {architecture} model"
+        raise keys.error("layer_types", rule)
+    if not qwen and chosen != windows:
+        rule = f"what sliding_window says: {architecture} models treat all layers alike"
+        raise keys.error("layer_types", rule)
     return chosen
 
 
-def _window_size(keys: _Keys, architecture: str) -> int:
-    if architecture == "llama":
+def _window_size(keys: JsonKeys, architecture: str) -> int:
+    qwen = architecture in ("qwen2", "qwen3")
+    if architecture == "llama" or (qwen and not keys.boolean("use_sliding_window", False)):
         return 0
-    if architecture != "mistral" and not keys.boolean("use_sliding_window", False):
-        return 0
-    if "sliding_window" in keys.values and keys.values["sliding_window"] is None:
+    if "sliding_window" in keys.values and keys.get("sliding_window") is None:
         return 0
     return keys.integer("sliding_window", 1, MAX_CONTEXT, 4096)
 
 
-def _rope(keys: _Keys, head_dim: int, positions: int) -> RopeConfig:
+def _rope(keys: JsonKeys, head_dim: int, positions: int) -> RopeConfig:
     scaling, parameters = keys.get("rope_scaling") or {}, keys.get("rope_parameters") or {}
     if scaling and parameters and scaling != parameters:
-        raise keys.error(
-            "rope_scaling", "left out, or equal to rope_parameters, when rope_parameters is given"
-        )
+        raise keys.error("rope_scaling", "equal to rope_parameters when both are given")
     name = "rope_scaling" if scaling else "rope_parameters"
-    rope = _Keys(scaling or parameters, keys.source, f"{name}.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = JsonKeys(scaling or parameters, keys.source, f"{name}.")
+    if "full_attention" in rope.values or "sliding_attention" in rope.values:
+        raise keys.error(name, "one set of values for all layers, not one per layer type")
+    key = "type" if rope.get("rope_type") is None else "rope_type"
+    kind = rope.get(key, "default")
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
-        raise rope.error(
-            "rope_type" if "rope_type" in rope.values else "type", f"one of {', '.join(ROPE_KINDS)}"
-        )
-    if any(name in rope.values for name in ("full_attention", "sliding_attention")):
-        raise keys.error(
-            name, "one set of values for all layers; values per layer type are not supported"
-        )
+        raise rope.error(key, f"one of {', '.join(ROPE_KINDS)}")
     if rope.number("partial_rotary_factor", 0, 1, 1) != 1:
         raise rope.error("partial_rotary_factor", "1: partial rotation is not supported")
-    theta = (rope if rope.get("rope_theta") is not None else keys).number(
-        "rope_theta", 1.0001, 1e15, 10000.0
-    )
+    inside = rope.get("rope_theta") is not None
+    theta = (rope if inside else keys).number("rope_theta", 1.001, 1e15, 10000.0)
     if kind == "default":
         return RopeConfig(theta=theta)
-    return _scaled_rope(keys, rope, kind, theta, head_dim, positions)
+    original = _original_context(keys, rope, kind, positions)
+    scaled = RopeConfig(kind, theta, _rope_factor(rope, kind, positions / original), original)
+    return replace(scaled, **_rope_details(keys, rope, kind, head_dim))
 
 
-def _scaled_rope(
-    keys: _Keys, rope: _Keys, kind: str, theta: float, head_dim: int, positions: int
-) -> RopeConfig:
+def _original_context(keys: JsonKeys, rope: JsonKeys, kind: str, positions: int) -> int:
+    if kind not in ("llama3", "yarn", "longrope"):
+        return positions
     # A value beside the rope parameters wins over the one inside them, as in transformers.
-    holder = keys if keys.get("original_max_position_embeddings") is not None else rope
-    original = positions
-    if kind in ("llama3", "yarn", "longrope"):
-        original = holder.integer(
-            "original_max_position_embeddings", 2, MAX_CONTEXT, max(positions, 2)
-        )
-    default_factor = (
-        positions / original
-        if kind == "longrope" or (kind == "yarn" and "factor" in rope.values)
-        else _REQUIRED
-    )
-    factor = rope.number("factor", 1e-6, 1e6, default_factor)
-    if kind in ("linear", "dynamic"):
-        if kind == "dynamic" and head_dim == 2:
-            raise keys.error(
-                "head_dim", "at least 4 with dynamic RoPE, whose formula divides by head_dim - 2"
-            )
-        return RopeConfig(kind, theta, factor, original)
+    name = "original_max_position_embeddings"
+    holder = rope if keys.get(name) is None else keys
+    return holder.integer(name, 2, MAX_CONTEXT, max(positions, 2))
+
+
+def _rope_factor(rope: JsonKeys, kind: str, ratio: float) -> float:
+    # longrope may leave it out and yarn may say null: the ratio of the two contexts then.
+    derived = kind == "longrope" or (kind == "yarn" and "factor" in rope.values)
+    return rope.number("factor", 1e-6, 1e6, ratio if derived else REQUIRED)
+
+
+def _rope_details(keys: JsonKeys, rope: JsonKeys, kind: str, head_dim: int) -> dict[str, Any]:
+    """The fields of RopeConfig that only one or two kinds have."""
+    if kind == "dynamic" and head_dim == 2:
+        raise keys.error("head_dim", "at least 4 with dynamic RoPE")  # it divides by head_dim - 2
     if kind == "llama3":
         low = rope.number("low_freq_factor", 1e-6, 1e6)
         high = rope.number("high_freq_factor", 1e-6, 1e6)
         if high <= low:
             raise rope.error("high_freq_factor", f"greater than low_freq_factor ({low:g})")
-        return RopeConfig(kind, theta, factor, original, low, high)
-    attention = rope.optional_number("attention_factor", 0, 1e6)
+        return {"low_freq_factor": low, "high_freq_factor": high}
     if kind == "longrope":
-        short, long = (
-            rope.factors("short_factor", head_dim // 2),
-            rope.factors("long_factor", head_dim // 2),
-        )
-        return RopeConfig(
-            kind,
-            theta,
-            factor,
-            original,
-            attention_factor=attention,
-            short_factor=short,
-            long_factor=long,
-        )
-    return RopeConfig(
-        kind, theta, factor, original,
-        beta_fast=rope.number("beta_fast", 0, 1e6, 32.0) or 32.0,
-        beta_slow=rope.number("beta_slow", 0, 1e6, 1.0) or 1.0,
-        attention_factor=attention,
-        mscale=rope.optional_number("mscale", 0, 1e6),
-        mscale_all_dim=rope.optional_number("mscale_all_dim", 0, 1e6),
-        truncate=rope.boolean("truncate", True),
-    )  # fmt: skip
+        return {
+            "attention_factor": rope.optional_number("attention_factor", 0, 1e6),
+            "short_factor": rope.numbers("short_factor", head_dim // 2, 1e-9, 1e9),
+            "long_factor": rope.numbers("long_factor", head_dim // 2, 1e-9, 1e9),
+        }
+    if kind == "yarn":
+        return {
+            "attention_factor": rope.optional_number("attention_factor", 0, 1e6),
+            "beta_fast": rope.number("beta_fast", 0, 1e6, 32.0) or 32.0,
+            "beta_slow": rope.number("beta_slow", 0, 1e6, 1.0) or 1.0,
+            "mscale": rope.optional_number("mscale", 0, 1e6),
+            "mscale_all_dim": rope.optional_number("mscale_all_dim", 0, 1e6),
+            "truncate": rope.boolean("truncate", True),
+        }
+    return {}
 
 
 def _max_context(rope: RopeConfig, positions: int) -> int:

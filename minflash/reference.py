@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from .config import ModelConfig
 from .errors import ArgumentError, ContextError
@@ -35,7 +35,7 @@ FIRST_CAPACITY = 256  # positions of a fresh KV cache
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """[..., dim] -> [..., dim]: x / sqrt(mean(x^2) + eps) * weight."""
-    mean = np.mean(np.square(x), axis=-1, keepdims=True)
+    mean = np.sum(x * x, axis=-1, keepdims=True) / x.dtype.type(x.shape[-1])
     return x / np.sqrt(mean + x.dtype.type(eps)) * weight
 
 
@@ -46,8 +46,12 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs (i, i + head_dim / 2). [n, heads, head_dim], [n, head_dim / 2] x 2 -> like x."""
-    first, second = np.split(x, 2, axis=-1)
+    """Turn the pairs (i, i + head_dim / 2) of each head.
+
+    x [n, heads, head_dim]; cos, sin [n, head_dim / 2] -> [n, heads, head_dim].
+    """
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
     cos, sin = cos[:, None], sin[:, None]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -99,7 +103,8 @@ def visibility(
 def swiglu(gate: Array, up: Array) -> Array:
     """[n, hidden_dim] x 2 -> [n, hidden_dim]: silu(gate) * up, where silu(x) = x / (1 + e^-x)."""
     with np.errstate(over="ignore"):  # e^-x of a very negative x is infinite, and silu(x) then 0
-        return gate / (1 + np.exp(-gate)) * up
+        hidden: Array = gate / (1 + np.exp(-gate)) * up
+    return hidden
 
 
 # The model
@@ -149,7 +154,7 @@ class Reference:
         self,
         checkpoint: Weights,
         *,
-        dtype: type[np.floating[Any]] = np.float32,
+        dtype: DTypeLike = np.float32,
         max_context: int | None = None,
         rounding: Rounding | None = None,
     ) -> None:
@@ -158,11 +163,14 @@ class Reference:
         self.max_context = self.config.max_context if max_context is None else max_context
         if not 1 <= self.max_context <= self.config.max_context:
             raise ContextError(
-                f"max_context must be from 1 to the model's own {self.config.max_context}, found {self.max_context}"
+                f"max_context must be from 1 to the model's own {self.config.max_context}, "
+                f"found {self.max_context}"
             )
         self.length = 0  # positions that the cache holds
         self._rounded: Rounding = rounding or (lambda name, values: values)
         self._load(checkpoint)
+        self._keys: Array  # [n_layers, n_kv_heads, capacity, head_dim]
+        self._values: Array  # like _keys
         self._allocate(min(FIRST_CAPACITY, self.max_context))
 
     def forward(
@@ -219,7 +227,8 @@ class Reference:
         config, n, end = self.config, len(x), int(positions[-1]) + 1
         normed = self._rounded("activation", rms_norm(x, layer.attn_norm, config.norm_eps))
         qkv = linear(normed, layer.wqkv, layer.wqkv_bias).reshape(n, -1, config.head_dim)
-        q, k, v = np.split(qkv, [config.n_heads, config.n_heads + config.n_kv_heads], axis=1)
+        first_v = config.n_heads + config.n_kv_heads
+        q, k, v = qkv[:, : config.n_heads], qkv[:, config.n_heads : first_v], qkv[:, first_v:]
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = (
                 rms_norm(q, layer.q_norm, config.norm_eps),
@@ -271,7 +280,8 @@ class Reference:
             )
         if not 0 <= position <= self.length:
             raise ArgumentError(
-                f"position must be from 0 to {self.length}, the positions filled so far, found {position}"
+                f"position must be from 0 to {self.length}, the positions filled so far, "
+                f"found {position}"
             )
         if position + len(ids) > self.max_context:
             raise ContextError(
@@ -291,7 +301,7 @@ class Reference:
         self._keys, self._values = keys, values
 
     def _load(self, checkpoint: Weights) -> None:
-        """Dequantize every weight into a contiguous array of ``dtype``, rows as stored: BLAS reads them once."""
+        """Dequantize every weight, rows as stored, contiguous: so BLAS reads each value once."""
         config = self.config
 
         def matrix(name: str) -> Array:

@@ -20,12 +20,12 @@ Frequencies = NDArray[np.float64]
 def frequencies(
     rope: RopeConfig, head_dim: int, length: int, max_context: int = 0
 ) -> tuple[Frequencies, float]:
-    """-> inverse frequencies float64 [head_dim / 2] in radians per position, and the attention scaling.
+    """-> inverse frequencies float64 [head_dim / 2], radians per position, and attention scaling.
 
     length: positions of the sequence; only dynamic and longrope depend on it.
     max_context: positions; stands in for ``rope.original_context`` when that is 0.
 
-    The cosine and the sine of ``position * frequency`` are both multiplied by the attention scaling.
+    The cosine and the sine of ``position * frequency`` are multiplied by the attention scaling.
     """
     original = rope.original_context or max_context
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
@@ -81,7 +81,8 @@ def _yarn(rope: RopeConfig, inverse: Frequencies, head_dim: int, original: int) 
     if low == high:
         high += 0.001  # as in transformers: a step in place of a division by zero
     ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
-    return inverse / rope.factor * ramp + inverse * (1 - ramp)
+    blended: Frequencies = inverse / rope.factor * ramp + inverse * (1 - ramp)
+    return blended
 
 
 def _yarn_scaling(rope: RopeConfig) -> float:

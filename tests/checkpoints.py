@@ -1,7 +1,7 @@
 """Small random Hugging Face checkpoints, the same on every machine and with every NumPy.
 
-The weights come from an integer hash (SplitMix64's finaliser, Steele et al., OOPSLA 2014), not from a
-random generator whose stream may change. ``CASES`` names one checkpoint per architecture and quirk;
+The weights come from an integer hash (the finaliser of SplitMix64, Steele et al., OOPSLA 2014), not
+from a random generator whose stream may change. ``CASES`` names one checkpoint per architecture and quirk;
 tests/golden/ holds the logits that transformers computes for each (tools/make_golden.py).
 """
 
@@ -26,7 +26,7 @@ Tensors = dict[str, NDArray[Any]]  # bf16 tensors are uint16 bit patterns
 
 
 def hashed(seed: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Uniform values in [-1, 1), each a multiple of 2^-23, that depend on the text and on nothing else."""
+    """Uniform multiples of 2^-23 in [-1, 1) that depend on the text ``seed`` and nothing else."""
     count = int(np.prod(shape))
     with np.errstate(over="ignore"):
         z = np.uint64(zlib.crc32(seed.encode())) * np.uint64(0x9E3779B97F4A7C15)
@@ -75,55 +75,90 @@ def _qwen3(**keys: Any) -> dict[str, Any]:
     return _base("Qwen3ForCausalLM", "qwen3", **keys)
 
 
-_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 32}  # fmt: skip
-_LONGROPE = {"type": "longrope", "short_factor": [1.0 + 0.05 * i for i in range(8)],
-             "long_factor": [1.0 + 0.7 * i for i in range(8)]}  # fmt: skip
-_HEADS_9_3 = {
-    "hidden_size": 288,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 160,
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
 }
-_HEADS_3_1 = {
-    "hidden_size": 96,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "vocab_size": 331,
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_QWEN_YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 1.5,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+}
+_LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0 + 0.05 * i for i in range(8)],
+    "long_factor": [1.0 + 0.7 * i for i in range(8)],
 }
 
-# Case name -> config.json. 48 tokens each, so that windows, original contexts and ramps are crossed.
+
+def _heads(n_heads: int, n_kv_heads: int, dim: int) -> dict[str, int]:
+    return {
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "hidden_size": dim,
+    }
+
+
+# Case name -> config.json. A prompt has 48 tokens: it crosses every window and original context,
+# except that of llama_longrope_short.
 CASES: dict[str, dict[str, Any]] = {
     "llama2": _llama(),
-    "llama_biases": _llama(attention_bias=True, mlp_bias=True, **_HEADS_3_1),
-    "llama_head_dim_96": _llama(hidden_size=192, num_attention_heads=2, num_key_value_heads=1, vocab_size=331),
-    "llama3": _llama(rope_scaling=_LLAMA3, rope_theta=500000.0, num_key_value_heads=2, eos_token_id=[2, 3]),
-    "llama3_parameters": _llama(rope_theta=None, rope_parameters={**_LLAMA3, "rope_theta": 500000.0}, head_dim=32),
-    "smollm2": _llama(tie_word_embeddings=True, rope_theta=100000.0, **_HEADS_9_3),
+    "llama_biases": _llama(**_heads(3, 1, 96), attention_bias=True, mlp_bias=True, vocab_size=331),
+    "llama_head_dim_96": _llama(**_heads(2, 1, 192), vocab_size=331),
+    "llama3": _llama(
+        **_heads(4, 2, 64), rope_scaling=_LLAMA3, rope_theta=500000.0, eos_token_id=[2, 3]
+    ),
+    "llama3_parameters": _llama(
+        head_dim=32, rope_theta=None, rope_parameters={**_LLAMA3, "rope_theta": 500000.0}
+    ),
+    "smollm2": _llama(
+        **_heads(9, 3, 288), intermediate_size=160, tie_word_embeddings=True, rope_theta=100000.0
+    ),
     "llama_linear": _llama(rope_scaling={"type": "linear", "factor": 4.0}),
-    "llama_dynamic": _llama(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=32),
-    "llama_yarn": _llama(
-        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-        max_position_embeddings=64, tie_word_embeddings=True),
+    "llama_dynamic": _llama(
+        rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=32
+    ),
+    "llama_yarn": _llama(rope_scaling=_YARN, max_position_embeddings=64, tie_word_embeddings=True),
     "llama_longrope_short": _llama(
-        rope_scaling=_LONGROPE, original_max_position_embeddings=64, max_position_embeddings=256),
+        rope_scaling=_LONGROPE, original_max_position_embeddings=64, max_position_embeddings=256
+    ),
     "llama_longrope": _llama(
-        rope_scaling={**_LONGROPE, "original_max_position_embeddings": 16}, max_position_embeddings=64),
-    "mistral": _mistral(sliding_window=None, hidden_size=160, num_attention_heads=5, num_key_value_heads=1),
-    "mistral_window": _mistral(sliding_window=7, num_key_value_heads=2, head_dim=32, vocab_size=331),
-    "qwen2": _qwen2(hidden_size=224, num_attention_heads=7, num_key_value_heads=1, sliding_window=5,
-                    use_sliding_window=False, tie_word_embeddings=True),
-    "qwen2_window": _qwen2(num_hidden_layers=3, use_sliding_window=True, sliding_window=5, max_window_layers=1,
-                           num_key_value_heads=2),
-    "qwen2_yarn": _qwen2(
-        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0,
-                      "beta_slow": 2.0, "mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False},
-        max_position_embeddings=32, rope_theta=1000000.0),
-    "qwen3": _qwen3(head_dim=32, hidden_size=96, num_attention_heads=5, num_key_value_heads=1, vocab_size=331),
-    "qwen3_window": _qwen3(head_dim=48, attention_bias=True, num_key_value_heads=2, use_sliding_window=True,
-                           sliding_window=6, layer_types=["sliding_attention", "full_attention"],
-                           tie_word_embeddings=True),
-}  # fmt: skip
+        rope_scaling={**_LONGROPE, "original_max_position_embeddings": 16},
+        max_position_embeddings=64,
+    ),
+    "mistral": _mistral(**_heads(5, 1, 160), sliding_window=None),
+    "mistral_window": _mistral(**_heads(4, 2, 64), sliding_window=7, head_dim=32, vocab_size=331),
+    "qwen2": _qwen2(
+        **_heads(7, 1, 224), sliding_window=5, use_sliding_window=False, tie_word_embeddings=True
+    ),
+    "qwen2_window": _qwen2(
+        **_heads(4, 2, 64),
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=1,
+    ),
+    "qwen2_yarn": _qwen2(rope_scaling=_QWEN_YARN, max_position_embeddings=32, rope_theta=1000000.0),
+    "qwen3": _qwen3(**_heads(5, 1, 96), head_dim=32, vocab_size=331),
+    "qwen3_window": _qwen3(
+        **_heads(4, 2, 64),
+        head_dim=48,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=True,
+    ),
+}
 
 TOKENS = 48
 
@@ -211,7 +246,7 @@ def write_checkpoint(folder: Path, case: str, dtype: str = "bf16") -> Path:
 
 @dataclass(frozen=True)
 class MemoryCheckpoint:
-    """A checkpoint in memory with our names; what ``Reference`` needs. Independent of convert.py."""
+    """A checkpoint with our names, all ``Reference`` needs. Does not go through convert.py."""
 
     config: ModelConfig
     arrays: dict[str, NDArray[np.float32]]
