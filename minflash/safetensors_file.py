@@ -167,7 +167,8 @@ def read_json(path: str | Path, error: type[MinflashError] = CheckpointError) ->
     """The JSON object in a file of at most 50 MB; every failure raises ``error``."""
     try:
         with open_regular(Path(path)) as file:
-            text = file.read(MAX_JSON_BYTES + 1) if _size(file) <= MAX_JSON_BYTES else None
+            size = _size(file)
+            text = file.read(size) if size <= MAX_JSON_BYTES else None
     except (CheckpointError, OSError) as problem:
         raise error(str(problem)) from problem
     if text is None:
