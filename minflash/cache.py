@@ -24,7 +24,7 @@ class CachedModel:
 
 
 def cache_dir() -> Path:
-    """MINFLASH_CACHE_DIR, else XDG_CACHE_HOME/minflash, else ~/.cache/minflash. It may not exist."""
+    """MINFLASH_CACHE_DIR, else XDG_CACHE_HOME/minflash, else ~/.cache/minflash."""
     if chosen := os.environ.get("MINFLASH_CACHE_DIR"):
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")

@@ -1,4 +1,4 @@
-"""Chat templates: from messages to text, and what a user writes kept apart from what a template says.
+"""Chat templates: from messages to text, with the user's words kept apart from the template's.
 
 Templates are Jinja programs that come with a model, so they run in jinja2's immutable sandbox, with
 the functions that transformers gives them. Without jinja2 a plain ChatML template still works.
@@ -32,8 +32,8 @@ def render(
     """The text of a chat.
 
     messages: mappings with ``role`` and ``content``. ``extra`` is handed to the template.
-    Raises ArgumentError when the messages do not suit the template, TokenizerError when the template
-    itself is damaged or needs jinja2 and it is not installed.
+    Raises ArgumentError when the messages do not suit the template, TokenizerError when the
+    template itself is damaged, or needs jinja2 and it is not installed.
     """
     check_messages(messages)
     try:
@@ -59,8 +59,8 @@ def check_messages(messages: Sequence[Message]) -> None:
     """Raises ArgumentError unless messages is a list of mappings with a role."""
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise ArgumentError(
-            "messages must be a list that is not empty, like [{'role': 'user', 'content': 'Hello'}]; "
-            f"found {messages!r:.60}"
+            "messages must be a list that is not empty, like "
+            f"[{{'role': 'user', 'content': 'Hello'}}]; found {messages!r:.60}"
         )
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -78,7 +78,7 @@ def _compiled(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}`` marks what the assistant says, for training; here it changes nothing."""
+        """``{% generation %}`` marks the assistant's words for training; here it does nothing."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -109,16 +109,18 @@ def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-# Plain ChatML, with or without a system message for chats that bring none. A line end inside a string
-# is either itself or the escape \n.
+# Plain ChatML, with or without a system message for chats that bring none. A line end inside a
+# string is either itself or the escape \n.
 _END = r"(?:\n|\\n)"
 _PLAIN_CHATML = re.compile(
     r"\{% for message in messages %\}"
     r"(?:\{% if loop\.first and messages\[0\]\['role'\] != 'system' %\}"
-    rf"\{{\{{ ?'<\|im_start\|>system{_END}(?P<system>[^'\\]*)<\|im_end\|>{_END}' ?\}}\}}\{{% endif %\}})?"
+    rf"\{{\{{ ?'<\|im_start\|>system{_END}(?P<system>[^'\\]*)<\|im_end\|>{_END}' ?\}}\}}"
+    r"\{% endif %\})?"
     rf"\{{\{{ ?'<\|im_start\|>' \+ message\['role'\] \+ '{_END}' \+ message\['content'\]"
     rf" \+ '<\|im_end\|>' \+ '{_END}' ?\}}\}}\{{% endfor %\}}"
-    rf"\{{% if add_generation_prompt %\}}\{{\{{ ?'<\|im_start\|>assistant{_END}' ?\}}\}}\{{% endif %\}}"
+    rf"\{{% if add_generation_prompt %\}}\{{\{{ ?'<\|im_start\|>assistant{_END}' ?\}}\}}"
+    r"\{% endif %\}"
 )
 
 
@@ -140,7 +142,8 @@ def _text_content(message: Message) -> str:
     content = message.get("content")
     if not isinstance(content, str):
         raise ArgumentError(
-            f"the chat template refuses these messages: the content of {message['role']!r} is not text"
+            "the chat template refuses these messages: "
+            f"the content of {message['role']!r} is not text"
         )
     return content
 
@@ -148,9 +151,9 @@ def _text_content(message: Message) -> str:
 class Neutralizer:
     """Keeps the special tokens that a user writes from being taken for the template's own.
 
-    ``hide`` puts stand-ins, which no text can guess, where a message's strings hold a special token or
-    end with the beginning of one (templates may join strings). After the template has run, whatever
-    special token its text holds is the template's; ``reveal`` puts the user's words back.
+    ``hide`` puts stand-ins, which no text can guess, where a message's strings hold a special token
+    or end with the beginning of one (templates may join strings). After the template has run,
+    whatever special token its text holds is the template's; ``reveal`` puts the user's words back.
     """
 
     def __init__(self, special: Sequence[str]) -> None:

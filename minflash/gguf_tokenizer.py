@@ -242,7 +242,8 @@ class _Vocabulary:
             return None
         if type(number) is not int or not 0 <= number < len(self.tokens):
             raise self.error(
-                f"tokenizer.ggml.{key}_token_id is {number!r}, the vocabulary has {len(self.tokens)}"
+                f"tokenizer.ggml.{key}_token_id is {number!r}; "
+                f"the vocabulary has {len(self.tokens)} tokens"
             )
         return number
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the ``tokenizers`` package (imported when the first one loads)."""
+"""Text to token ids and back, with the package ``tokenizers`` (imported when one is loaded)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _MAX_PENDING = (
 class Tokenizer:
     """The tokenizer of one model.
 
-    ``bos_token_id``: int or None. ``eos_token_ids``: tokens that end an answer. ``special_ids``: ids of
-    all special tokens. ``chat_template``: Jinja source or None. Safe to share between threads.
+    ``bos_token_id``: int or None. ``eos_token_ids``: tokens that end an answer. ``special_ids``:
+    ids of all special tokens. ``chat_template``: Jinja source or None. Threads may share it.
     """
 
     def __init__(self, source: str, settings: _Settings, vocab_size: int, name: str) -> None:
@@ -33,8 +33,8 @@ class Tokenizer:
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= vocab_size:
             raise TokenizerError(
-                f"{name}: the tokenizer has token ids up to {largest} ({largest + 1} tokens), the model's "
-                f"vocab_size is {vocab_size}: they do not belong together"
+                f"{name}: the tokenizer has token ids up to {largest} ({largest + 1} tokens), the "
+                f"model's vocab_size is {vocab_size}: they do not belong together"
             )
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token.content: bool(token.special) for token in added.values()}
@@ -50,8 +50,8 @@ class Tokenizer:
     def load(cls, folder: Path, vocab_size: int) -> Tokenizer:
         """The tokenizer of a model's folder, which must hold tokenizer.json.
 
-        vocab_size: rows of the model's embedding. Raises TokenizerError when a file is damaged or the
-        tokenizer knows ids that the model does not have.
+        vocab_size: rows of the model's embedding. Raises TokenizerError when a file is damaged or
+        the tokenizer knows ids that the model does not have.
         """
         path = Path(folder) / "tokenizer.json"
         return cls(_read(path), _Settings(Path(folder)), vocab_size, str(path))
@@ -75,12 +75,15 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of token ids. Bytes that are not UTF-8 become U+FFFD; ids without a token, nothing."""
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
     def stream(self, context: Sequence[int] = (), *, skip_special: bool = True) -> TextStream:
-        """A decoder for one token after the other. context: the tokens before, which decide whether the
-        first word keeps its space; their text is not given out."""
+        """A decoder for one token after the other.
+
+        context: the tokens before, which decide whether the first word keeps its space; their
+        text is not given out.
+        """
         return TextStream(self, context, skip_special)
 
     def apply_chat_template(
@@ -135,7 +138,7 @@ class Tokenizer:
         return list(guarded.encode(_without_surrogates(text), add_special_tokens=False).ids)
 
     def _guard(self) -> tuple[Any, dict[str, str]]:
-        """A second tokenizer whose special tokens answer to names that nobody can guess, and the names.
+        """A second tokenizer whose special tokens have names that nobody can guess, and the names.
 
         Words are cut and merged as in the first one, but no text of a user is a special token. Made
         when it is first needed.
@@ -157,7 +160,7 @@ class Tokenizer:
         return tuple(dict.fromkeys(number for number in both if 0 <= number < vocab_size))
 
     def _find_adds_bos(self, setting: bool | None) -> bool:
-        """tokenizer_config.json where its class heeds add_bos_token, else what tokenizer.json does."""
+        """tokenizer_config.json where its class heeds add_bos_token, else tokenizer.json."""
         if setting is not None:
             return setting
         return bool(self._tokenizer.encode("").ids[:1] == [self.bos_token_id])
@@ -299,7 +302,7 @@ def _renamed(tokenizer: dict[str, Any], names: Mapping[str, str]) -> dict[str, A
 
 
 def _without_surrogates(text: str) -> str:
-    """Lone surrogates (from undecodable input) as U+FFFD; the tokenizer takes valid Unicode only."""
+    """Lone surrogates (undecodable input) as U+FFFD; the tokenizer takes valid Unicode only."""
     return _SURROGATE.sub(_REPLACEMENT, text)
 
 
