@@ -114,7 +114,7 @@ def test_installed_wheel_finds_its_files_from_another_folder(
     for path in (module, cuda, weights):
         assert path.is_relative_to(environment), path
     assert {f"cuda/{path.relative_to(cuda)}" for path in files(cuda)} == tracked("cuda")
-    assert json.loads((weights / "default.json").read_text(encoding="utf-8"))["sha256"]
+    assert json.loads((weights / "default.json").read_text(encoding="utf-8"))["wheel_sha256"]
 
 
 def files(folder: Path) -> Iterator[Path]:
