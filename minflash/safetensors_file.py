@@ -124,7 +124,7 @@ def open_regular(path: Path) -> BinaryIO:
             raise CheckpointError(f"{path}: is a directory, a file is needed")
         if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
             raise CheckpointError(f"{path}: is not a regular file")
-        return open(path, "rb")
+        return path.open("rb")
     except (OSError, ValueError) as error:
         if isinstance(error, MinflashError):
             raise
@@ -268,14 +268,15 @@ def _tensor(name: str, entry: object, path: Path) -> TensorInfo:
 
 def _check_cover(ordered: Mapping[str, TensorInfo], data_bytes: int, path: Path) -> None:
     """Every byte of the data belongs to exactly one tensor."""
+    for name, info in ordered.items():
+        if info.end > data_bytes:
+            raise CheckpointError(
+                f"{path}: tensor {short(name)}: ends at byte {info.end} of the data, which has only"
+                f" {data_bytes} bytes; the file is truncated or damaged: fetch or convert it again"
+            )
     position, before = 0, "the start of the data"
     for name, info in ordered.items():
         where = f"{path}: tensor {short(name)}"
-        if info.end > data_bytes:
-            raise CheckpointError(
-                f"{where}: ends at byte {short(info.end)} of the data, which has only {data_bytes} bytes;"
-                " the file is truncated or damaged: fetch or convert it again"
-            )
         if info.begin < position:
             raise CheckpointError(
                 f"{where}: begins at byte {info.begin} and overlaps {before}, which ends at {position}"

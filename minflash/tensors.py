@@ -1,4 +1,4 @@
-"""The tensors of a weight file: their names, order and shapes, and what their numbers must keep to."""
+"""The tensors of a weight file: names, order and shapes, and the rules for their numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LAYER_ORDER = ("attn_norm", "wqkv", "wqkv_bias", "q_norm", "k_norm", "wo", "wo_
 
 
 def file_order(name: str) -> tuple[int, int, int]:
-    """Sort key of a tensor's name: its place in the weight file. Raises ValueError for an unknown name."""
+    """Sort key of a tensor's name: its place in the file. Raises ValueError for an unknown name."""
     outside = {"embed": (0, 0, 0), "final_norm": (2, 0, 0), "lm_head": (2, 0, 1)}
     if name in outside:
         return outside[name]
@@ -47,12 +47,14 @@ def _layer_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     qkv = heads + 2 * config.n_kv_heads * config.head_dim
     present = {
         "wqkv_bias": config.qkv_bias, "q_norm": config.qk_norm, "k_norm": config.qk_norm,
-        "wo_bias": config.out_bias, "w_gate_up_bias": config.mlp_bias, "w_down_bias": config.mlp_bias,
+        "wo_bias": config.out_bias, "w_gate_up_bias": config.mlp_bias,
+        "w_down_bias": config.mlp_bias,
     }  # fmt: skip
     shapes: dict[str, tuple[int, ...]] = {
         "attn_norm": (dim,), "wqkv": (qkv, dim), "wqkv_bias": (qkv,), "q_norm": (config.head_dim,),
         "k_norm": (config.head_dim,), "wo": (dim, heads), "wo_bias": (dim,), "ffn_norm": (dim,),
-        "w_gate_up": (2 * hidden, dim), "w_gate_up_bias": (2 * hidden,), "w_down": (dim, hidden), "w_down_bias": (dim,),
+        "w_gate_up": (2 * hidden, dim), "w_gate_up_bias": (2 * hidden,),
+        "w_down": (dim, hidden), "w_down_bias": (dim,),
     }  # fmt: skip
     return {name: shapes[name] for name in _LAYER_ORDER if present.get(name, True)}
 
@@ -66,16 +68,24 @@ def matrix_problem(data: NDArray[np.uint8], layout: Layout) -> str | None:
     """What is wrong with the numbers of a packed matrix, or None. data: uint8 of ``layout.shape``.
 
     Scales and biases must be finite and fp8 codes no NaN. The values of fp32, bf16 and fp16 are the
-    model's own and not looked at. Codes are not unpacked, and a few MB at a time are read.
+    model's own and not looked at. Codes are not unpacked, and about 2 MB at a time are read.
     """
     if not layout.group_size:
         return None
     step = max(1, _CHUNK_BYTES // layout.row_block_bytes)
     for start in range(0, layout.row_blocks, step):
         tiles = data[start : start + step].reshape(-1, layout.tile_bytes)
-        scales = tiles[:, layout.tile_code_bytes :].view("<u2")
-        if ((scales & 0x7C00) == 0x7C00).any():
-            return f"a scale or bias in rows {BLOCK_ROWS * start} and following is NaN or infinite"
-        if layout.type == "fp8" and ((tiles[:, : layout.tile_code_bytes] & 0x7F) == 0x7F).any():
-            return f"an fp8 code in rows {BLOCK_ROWS * start} and following is NaN"
+        codes, scales = np.split(tiles, [layout.tile_code_bytes], axis=1)
+        exponents = scales.view("<u2") & 0x7C00
+        if (exponents == 0x7C00).any():
+            where = _rows(exponents == 0x7C00, start, layout)
+            return f"a scale or bias in {where} is NaN or infinite"
+        if layout.type == "fp8" and ((codes & 0x7F) == 0x7F).any():
+            return f"an fp8 code in {_rows((codes & 0x7F) == 0x7F, start, layout)} is NaN"
     return None
+
+
+def _rows(bad: NDArray[np.bool_], start: int, layout: Layout) -> str:
+    """Names the rows of the first bad tile. bad: [tiles, ...], from row block ``start`` on."""
+    block = start + int(np.argmax(bad.any(axis=1))) // layout.tiles
+    return f"rows {BLOCK_ROWS * block} to {BLOCK_ROWS * block + BLOCK_ROWS - 1}"

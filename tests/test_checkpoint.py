@@ -29,12 +29,27 @@ from minflash.config import ModelConfig
 from minflash.errors import CheckpointError, ConvertError
 from minflash.packing import Layout, Matrix
 
-LAYER_NAMES = ["attn_norm", "wqkv", "wqkv_bias", "q_norm", "k_norm", "wo", "wo_bias", "ffn_norm", "w_gate_up", "w_down"]
+LAYER_NAMES = [
+    "attn_norm",
+    "wqkv",
+    "wqkv_bias",
+    "q_norm",
+    "k_norm",
+    "wo",
+    "wo_bias",
+    "ffn_norm",
+    "w_gate_up",
+    "w_down",
+]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def check_contents(checkpoint: Checkpoint) -> None:
@@ -52,7 +67,10 @@ def check_contents(checkpoint: Checkpoint) -> None:
             np.testing.assert_array_equal(vector, random_vector(name, len(vector)))
 
 
-@pytest.mark.parametrize("type,group", [("int4", 32), ("int4", 64), ("int8", 128), ("fp8", 32), ("fp16", 0), ("bf16", 0), ("fp32", 0)])
+@pytest.mark.parametrize(
+    "type,group",
+    [("int4", 32), ("int4", 64), ("int8", 128), ("fp8", 32), ("fp16", 0), ("bf16", 0), ("fp32", 0)],
+)
 def test_write_and_read(tmp_path: Path, type: str, group: int) -> None:
     path = write_model(tmp_path / "model", layer_type=type, group=group, head_type="bf16")
     with open_checkpoint(path) as checkpoint:
@@ -80,7 +98,10 @@ def test_shards(tmp_path: Path, shard_bytes: int) -> None:
 
 def test_safetensors_library_reads_it(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model")
-    with open_checkpoint(path) as checkpoint, safetensors.safe_open(path / "model.safetensors", "numpy") as file:
+    with (
+        open_checkpoint(path) as checkpoint,
+        safetensors.safe_open(path / "model.safetensors", "numpy") as file,
+    ):
         assert set(file.keys()) == set(checkpoint.names)
         assert file.metadata()["format"] == "minflash"
         for name in checkpoint.names:
@@ -90,10 +111,19 @@ def test_safetensors_library_reads_it(tmp_path: Path) -> None:
 def test_reads_what_the_safetensors_library_writes(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    tensors = {"b": np.arange(6, dtype=np.int64).reshape(2, 3), "a": np.float16([1, 2, 3]), "empty": np.zeros((0, 4)), "scalar": np.float32(7)}
-    save_file({name: np.asarray(value) for name, value in tensors.items()}, tmp_path / "x.safetensors")
+    tensors = {
+        "b": np.arange(6, dtype=np.int64).reshape(2, 3),
+        "a": np.float16([1, 2, 3]),
+        "empty": np.zeros((0, 4)),
+        "scalar": np.float32(7),
+    }
+    save_file(
+        {name: np.asarray(value) for name, value in tensors.items()}, tmp_path / "x.safetensors"
+    )
     with SafetensorsFile(tmp_path / "x.safetensors") as file:
-        assert {name: info.shape for name, info in file.tensors.items()} == {n: np.shape(t) for n, t in tensors.items()}
+        assert {name: info.shape for name, info in file.tensors.items()} == {
+            n: np.shape(t) for n, t in tensors.items()
+        }
         for name, value in tensors.items():
             assert file.data(name).tobytes() == np.asarray(value).tobytes()
         with pytest.raises(CheckpointError, match="no tensor 'c'"):
@@ -101,10 +131,17 @@ def test_reads_what_the_safetensors_library_writes(tmp_path: Path) -> None:
 
 
 def test_config_is_kept(tmp_path: Path) -> None:
-    hf_config = {**HF_CONFIG, "note": "grüße", "quantization_config": {"quant_method": "minflash", "layout_version": 0}}
+    hf_config = {
+        **HF_CONFIG,
+        "note": "grüße",
+        "quantization_config": {"quant_method": "minflash", "layout_version": 0},
+    }
     path = write_model(tmp_path / "model", hf_config)
     with open_checkpoint(path) as checkpoint:
-        wanted = {**hf_config, "quantization_config": {"quant_method": "minflash", "layout_version": 1}}
+        wanted = {
+            **hf_config,
+            "quantization_config": {"quant_method": "minflash", "layout_version": 1},
+        }
         assert checkpoint.hf_config == wanted
         assert checkpoint.config == ModelConfig.from_hf(HF_CONFIG)
 
@@ -115,9 +152,17 @@ def test_tied_model_has_no_head(tmp_path: Path) -> None:
         assert "lm_head" not in checkpoint.names and checkpoint.names[-1] == "final_norm"
 
 
-@pytest.mark.parametrize("model_type,hf_class", [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")])
+@pytest.mark.parametrize(
+    "model_type,hf_class",
+    [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")],
+)
 def test_file_order_is_the_order_of_expected_tensors(model_type: str, hf_class: str) -> None:
-    config = {**HF_CONFIG, "num_hidden_layers": 12, "model_type": model_type, "architectures": [hf_class]}
+    config = {
+        **HF_CONFIG,
+        "num_hidden_layers": 12,
+        "model_type": model_type,
+        "architectures": [hf_class],
+    }
     config["mlp_bias"] = model_type == "llama"
     names = list(expected_tensors(ModelConfig.from_hf(config)))
     assert sorted(reversed(names), key=file_order) == names
@@ -138,7 +183,11 @@ def test_views_outlive_the_checkpoint(tmp_path: Path) -> None:
 
 def test_wrong_questions(tmp_path: Path) -> None:
     with open_checkpoint(write_model(tmp_path / "model")) as checkpoint:
-        for ask, name in ((checkpoint.matrix, "final_norm"), (checkpoint.vector, "embed"), (checkpoint.raw, "layers.9.wo")):
+        for ask, name in (
+            (checkpoint.matrix, "final_norm"),
+            (checkpoint.vector, "embed"),
+            (checkpoint.raw, "layers.9.wo"),
+        ):
             with pytest.raises(CheckpointError, match=name):
                 ask(name)
 
@@ -171,7 +220,10 @@ def test_pieces_of_rows(tmp_path: Path) -> None:
                 writer.write_vector(name, random_vector(name, vectors[name]))
             else:
                 matrix = random_matrix(layouts[name], seed)
-                writer.write_matrix(name, (cut(matrix, start, start + 16) for start in range(0, matrix.layout.rows, 16)))
+                writer.write_matrix(
+                    name,
+                    (cut(matrix, start, start + 16) for start in range(0, matrix.layout.rows, 16)),
+                )
         pieces = writer.commit()
     assert tree(pieces) == tree(whole)
 
@@ -206,9 +258,13 @@ def test_misuse_is_an_assertion(tmp_path: Path) -> None:
     layouts, vectors = plan(HF_CONFIG)
     small = Layout(1, 48, "int8", 32)
     misuses: list[Callable[[CheckpointWriter], object]] = [
-        lambda writer: writer.write_vector("final_norm", random_vector("final_norm", 48)),  # not its turn
+        lambda writer: writer.write_vector(
+            "final_norm", random_vector("final_norm", 48)
+        ),  # not its turn
         lambda writer: writer.write_matrix("embed", random_matrix(small)),  # too few rows
-        lambda writer: writer.write_matrix("embed", random_matrix(Layout(37, 48, "bf16"))),  # another type
+        lambda writer: writer.write_matrix(
+            "embed", random_matrix(Layout(37, 48, "bf16"))
+        ),  # another type
         lambda writer: writer.copy_file("../tokenizer.json", b""),
         lambda writer: writer.copy_file("model.safetensors", b""),
         lambda writer: writer.commit(),  # nothing written
@@ -247,7 +303,9 @@ class FullDisk(io.BufferedWriter):
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 1])
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, existing: bool) -> None:
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, existing: bool
+) -> None:
     total = sum(map(len, tree(write_model(tmp_path / "other")).values()))
     goal = tmp_path / "deep" / "model"
     if existing:
@@ -259,7 +317,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     FullDisk.room = int(share * total) - 1
     monkeypatch.setattr(checkpoint_writer, "open_new", full)
-    with pytest.raises(ConvertError, match="No space left on device"), new_writer(goal, overwrite=existing) as writer:
+    with (
+        pytest.raises(ConvertError, match="No space left on device"),
+        new_writer(goal, overwrite=existing) as writer,
+    ):
         write_all(writer, *plan(HF_CONFIG))
         writer.commit()
     assert tree(tmp_path) == before
@@ -267,7 +328,9 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_an_interrupted_exchange_restores_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+def test_an_interrupted_exchange_restores_the_old_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
     goal = write_model(tmp_path / "model")
     before = tree(tmp_path)
     calls = []
@@ -309,7 +372,10 @@ def test_empty_goal_is_used(tmp_path: Path) -> None:
 
 
 def test_goal_taken_in_the_meantime(tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match="exists already"), new_writer(tmp_path / "model") as writer:
+    with (
+        pytest.raises(ConvertError, match="exists already"),
+        new_writer(tmp_path / "model") as writer,
+    ):
         write_all(writer, *plan(HF_CONFIG))
         write_model(tmp_path / "model", layer_type="int8")
         writer.commit()
@@ -339,10 +405,16 @@ def test_numbers_that_are_none_are_not_written(tmp_path: Path, value: float) -> 
     matrix = random_matrix(layouts["embed"])
     assert matrix.scales is not None
     matrix.scales[20, 1] = value
-    with pytest.raises(ConvertError, match="'embed': a scale or bias"), new_writer(tmp_path / "model") as writer:
+    with (
+        pytest.raises(ConvertError, match="'embed': a scale or bias"),
+        new_writer(tmp_path / "model") as writer,
+    ):
         writer.write_matrix("embed", matrix)
     vector = np.full(48, value, dtype=np.float32)
-    with pytest.raises(ConvertError, match=r"'layers.0.attn_norm': holds NaN"), new_writer(tmp_path / "model") as writer:
+    with (
+        pytest.raises(ConvertError, match=r"'layers.0.attn_norm': holds NaN"),
+        new_writer(tmp_path / "model") as writer,
+    ):
         writer.write_matrix("embed", random_matrix(layouts["embed"]))
         writer.write_vector("layers.0.attn_norm", vector)
     assert not list(tmp_path.iterdir())

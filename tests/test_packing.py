@@ -28,8 +28,21 @@ from minflash.packing import (
     unpack,
 )
 
-KINDS = [(type, group) for type in TYPES for group in (GROUP_SIZES if type in GROUPED_TYPES else (0,))]
-SHAPES = [(1, 1), (7, 33), (16, 32), (16, 64), (17, 65), (31, 129), (48, 96), (33, 256), (8, 128), (40, 200)]
+KINDS = [
+    (type, group) for type in TYPES for group in (GROUP_SIZES if type in GROUPED_TYPES else (0,))
+]
+SHAPES = [
+    (1, 1),
+    (7, 33),
+    (16, 32),
+    (16, 64),
+    (17, 65),
+    (31, 129),
+    (48, 96),
+    (33, 256),
+    (8, 128),
+    (40, 200),
+]
 
 CODE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
 
@@ -41,7 +54,9 @@ def tile_cols(type: str, group: int) -> int:
 def tile_bytes(type: str, group: int) -> int:
     width = tile_cols(type, group)
     groups = width // group if group else 0
-    return int(16 * width * CODE_BYTES[type]) + groups * 16 * (4 if type == "int4" else 2 if group else 0)
+    return int(16 * width * CODE_BYTES[type]) + groups * 16 * (
+        4 if type == "int4" else 2 if group else 0
+    )
 
 
 def find_code(type: str, r: int, k: int) -> tuple[int, int]:
@@ -60,7 +75,9 @@ def find_scale(type: str, group: int, r: int, k: int) -> int:
     """-> byte offset of the scale in its tile; the bias of int4 follows it."""
     h, g = divmod(r, 8)
     size = 4 if type == "int4" else 2
-    return int(16 * tile_cols(type, group) * CODE_BYTES[type]) + size * (16 * (k // group) + 2 * g + h)
+    return int(16 * tile_cols(type, group) * CODE_BYTES[type]) + size * (
+        16 * (k // group) + 2 * g + h
+    )
 
 
 def read_element(data: bytes, cols: int, type: str, group: int, row: int, col: int) -> float:
@@ -112,11 +129,15 @@ def test_document(type: str, group: int, rows: int, cols: int) -> None:
     layout = Layout(rows, cols, type, group)
     matrix = random_matrix(layout, 5)
     data = pack(matrix).tobytes()
-    assert len(data) == -(-rows // 16) * -(-cols // tile_cols(type, group)) * tile_bytes(type, group)
+    assert len(data) == -(-rows // 16) * -(-cols // tile_cols(type, group)) * tile_bytes(
+        type, group
+    )
     with np.errstate(invalid="ignore"):  # random bits hold NaN
         values = dequantize(matrix)
     for row, col in itertools.product(range(rows), range(cols)):
-        np.testing.assert_equal(read_element(data, cols, type, group, row, col), float(values[row, col]))
+        np.testing.assert_equal(
+            read_element(data, cols, type, group, row, col), float(values[row, col])
+        )
 
 
 @pytest.mark.parametrize("type,group", KINDS)
@@ -146,7 +167,11 @@ def test_worked_example() -> None:
     scales, biases = np.zeros((2, 32, 4), dtype=np.float16)
     codes[29, 107], scales[29, 3], biases[29, 3] = 11, 0.5, -4
     data = pack(Matrix(layout, codes, scales, biases)).tobytes()
-    assert {at: byte for at, byte in enumerate(data) if byte} == {2267: 0xB0, 2541: 0x38, 2543: 0xC4}
+    assert {at: byte for at, byte in enumerate(data) if byte} == {
+        2267: 0xB0,
+        2541: 0x38,
+        2543: 0xC4,
+    }
     assert read_element(data, 128, "int4", 32, 29, 107) == 0.5 * 11 - 4
 
 
@@ -197,7 +222,9 @@ def test_dequantize_int4_is_affine() -> None:
     biases = np.array([[-0.7, 3]], dtype=np.float16)
     scale, bias = np.repeat(np.float64(scales), 32, 1), np.repeat(np.float64(biases), 32, 1)
     expected = np.float32(scale * codes).astype(np.float64) + bias  # one rounding, of the sum
-    np.testing.assert_array_equal(dequantize(Matrix(layout, codes, scales, biases)), np.float32(expected))
+    np.testing.assert_array_equal(
+        dequantize(Matrix(layout, codes, scales, biases)), np.float32(expected)
+    )
 
 
 def test_dequantize_int8_is_exact() -> None:
@@ -233,7 +260,14 @@ def test_dequantize_plain_types_is_exact(type: str, bits: list[int], values: lis
 
 @pytest.mark.parametrize(
     "rows,cols,type,group",
-    [(1, 1, "int3", 32), (1, 1, "int4", 0), (1, 1, "int4", 16), (1, 1, "bf16", 32), (0, 1, "bf16", 0), (1, -1, "bf16", 0)],
+    [
+        (1, 1, "int3", 32),
+        (1, 1, "int4", 0),
+        (1, 1, "int4", 16),
+        (1, 1, "bf16", 32),
+        (0, 1, "bf16", 0),
+        (1, -1, "bf16", 0),
+    ],
 )
 def test_impossible_layouts(rows: int, cols: int, type: str, group: int) -> None:
     with pytest.raises(CheckpointError):

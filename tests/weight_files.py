@@ -66,7 +66,9 @@ def random_vector(name: str, length: int) -> NDArray[np.float32]:
     return np.random.default_rng(len(name)).normal(size=length).astype(np.float32)
 
 
-def write_all(writer: CheckpointWriter, layouts: dict[str, Layout], vectors: dict[str, int]) -> None:
+def write_all(
+    writer: CheckpointWriter, layouts: dict[str, Layout], vectors: dict[str, int]
+) -> None:
     for seed, name in enumerate(writer.names):
         if name in layouts:
             writer.write_matrix(name, random_matrix(layouts[name], seed))
@@ -74,7 +76,9 @@ def write_all(writer: CheckpointWriter, layouts: dict[str, Layout], vectors: dic
             writer.write_vector(name, random_vector(name, vectors[name]))
 
 
-def write_model(path: Path, hf_config: dict[str, Any] = HF_CONFIG, shard_bytes: int = 10**9, **types: Any) -> Path:
+def write_model(
+    path: Path, hf_config: dict[str, Any] = HF_CONFIG, shard_bytes: int = 10**9, **types: Any
+) -> Path:
     """A converted model with random weights at ``path``."""
     layouts, vectors = plan(hf_config, **types)
     with CheckpointWriter(path, hf_config, layouts, vectors, shard_bytes=shard_bytes) as writer:
