@@ -24,6 +24,11 @@ from minflash import errors, resources
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "minflash").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+DECLARED = {
+    *("numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "cupy", "cupy_backends"),
+    *("jinja2", "gguf"),  # extras
+    "typing_extensions",  # only for type checkers, which bring it
+}
 HEAVY = ("cupy", "tokenizers", "torch", "huggingface_hub", "jinja2", "gguf")
 
 
@@ -177,6 +182,12 @@ def imported_modules(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda path: path.name)
 def test_nothing_imports_torch(path: Path) -> None:
     assert not imported_modules(path) & {"torch", "transformers", "tensorflow", "jax"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_package_imports_only_what_it_declares(path: Path) -> None:
+    foreign = imported_modules(path) - set(sys.stdlib_module_names) - {"minflash", ""}
+    assert foreign <= DECLARED
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
