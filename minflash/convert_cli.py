@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         choices=GROUP_SIZES,
-        help="values that share a scale (default: 64 with int4, else the largest that divides all columns)",
+        help="values that share a scale (default: 64 with int4, else the largest that fits)",
     )
     parser.add_argument(
         "--head-quant",

@@ -1,4 +1,4 @@
-"""Which type each matrix of a converted model gets, and whether that keeps the source's values exactly."""
+"""Which type each matrix of a converted model gets, and whether that keeps every value."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ class Wanted:
             )
         if not {self.quant, self.head_quant} & set(GROUPED_TYPES):
             raise ArgumentError(
-                f"group_size needs quant or head_quant to be one of {', '.join(GROUPED_TYPES)}; found {self.quant!r}"
+                f"group_size needs quant or head_quant to be one of {', '.join(GROUPED_TYPES)}; "
+                f"quant is {self.quant!r}"
             )
 
     def type(self, name: str) -> str | None:
-        """The type asked for the matrix ``name``; the head follows the layers, but int8 with int4 layers."""
+        """What was asked for the matrix ``name``; the head's default is int8 with int4 layers."""
         if name not in HEAD:
             return self.quant
         return self.head_quant or ("int8" if self.quant == "int4" else self.quant)
@@ -63,7 +64,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Choice:
-    """The type of one matrix. exact: every value stays. note: what to tell the user, if anything."""
+    """The type of one matrix. exact: every value stays. note: what the user should know."""
 
     type: str
     group_size: int
@@ -79,9 +80,10 @@ def choose(
     fits: Callable[[str], bool],
     lossless_floats: bool,
 ) -> Choice:
-    """kinds: how the parts of the matrix are stored. fits: whether all its values are exact in a type.
+    """The type of the matrix ``name``.
 
-    lossless_floats: float32 values that fit no shorter type stay fp32 (else they become bf16).
+    kinds: how its parts are stored. fits: whether a type holds all its values exactly.
+    lossless_floats: float32 values that fit no shorter type stay fp32, else they become bf16.
     """
     asked = wanted.type(name)
     if asked is None:
@@ -107,13 +109,13 @@ def _as_stored(kinds: Sequence[str], fits: Callable[[str], bool], lossless_float
         type,
         STORED_GROUP,
         False,
-        f"{_listed(kinds)} cannot be kept exactly: quantized again to {type}, groups of {STORED_GROUP}",
+        f"{_listed(kinds)} cannot be kept exactly: quantized again to {type} g{STORED_GROUP}",
     )
 
 
 def _as_stored_float(distinct: set[str], fits: Callable[[str], bool], lossless: bool) -> Choice:
     if len(distinct) == 1 and "fp32" not in distinct:
-        return Choice(*distinct, 0, True)
+        return Choice(next(iter(distinct)), 0, True)
     for type in ("bf16", "fp16"):
         if fits(type):
             return Choice(type, 0, True)
@@ -125,7 +127,7 @@ def _as_stored_float(distinct: set[str], fits: Callable[[str], bool], lossless: 
 
 
 def _common_group_type(kinds: Sequence[str]) -> str | None:
-    """The type with groups of 32 that holds all these kinds exactly. int4s also fits int8: scale (q - 8)."""
+    """The type with groups of 32 that holds all these kinds exactly; int8 also holds int4s."""
     distinct = set(kinds)
     if distinct <= {"int4", "int4s"}:
         return "int4"
@@ -152,7 +154,7 @@ def exact_parts(matrix: Matrix, type: str) -> dict[str, NDArray[np.generic]]:
         return {key: part for key, part in parts.items() if part is not None}
     if type == "int8":  # from Q4_0: codes 0..15 mean -8..7 and the bias goes without saying
         assert matrix.layout.type == "int4" and matrix.scales is not None
-        return {"codes": matrix.codes + np.uint8(120), "scales": matrix.scales}
+        return {"codes": matrix.codes.astype(np.uint8) + np.uint8(120), "scales": matrix.scales}
     values = dequantize(matrix)
     if type == "fp32":
         return {"codes": values.view(np.uint32)}

@@ -1,7 +1,7 @@
-"""Reading a Hugging Face model folder: config.json and safetensors files, and fetching one from the hub.
+"""Reading a Hugging Face model folder, config.json and safetensors, and fetching one from the hub.
 
-Only safetensors are read. PyTorch's own files (.bin, .pt, .pth) are pickles, which run code when they
-are loaded; they are refused.
+Only safetensors are read. PyTorch's own files (.bin, .pt, .pth) are pickles, which run code when
+they are loaded; they are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 _KINDS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-_DTYPES = {"fp32": np.dtype("<u4"), "bf16": np.dtype("<u2"), "fp16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype("<u4"),
+    "bf16": np.dtype("<u2"),
+    "fp16": np.dtype("<u2"),
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -63,9 +67,9 @@ def fetch(repo_id: str) -> Path:
             "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {_first_line(error)}"
         )
         raise DownloadError(
-            f"{repo_id}: there is no such file or folder, and it could not be fetched from the Hugging Face Hub "
-            f"({cause}). Check the name and the network (HF_TOKEN for a gated model), or download the model "
-            "elsewhere and give the path of its folder"
+            f"{repo_id}: there is no such file or folder, and it could not be fetched from the "
+            f"Hugging Face Hub ({cause}). Check the name and the network (HF_TOKEN for a gated "
+            "model), or download the model elsewhere and give the path of its folder"
         ) from error
 
 
@@ -95,10 +99,17 @@ class HuggingFaceSource:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         self._handles: dict[Path, int] = {}
-        expected = _weight_files(path)
-        for file in sorted(set(expected.values())) if expected else [_single_file(path)]:
-            self._add(path / file)
-        self._check_index(expected)
+        try:
+            expected = _weight_files(path)
+            for file in sorted(set(expected.values())) if expected else [_single_file(path)]:
+                self._add(path / file)
+            self._check_index(expected)
+        except OSError as error:
+            self.close()
+            raise ConvertError(f"{path}: cannot be read: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def matrix(self, name: str, start: int, stop: int) -> Matrix:
         kind, (_, cols) = self.kinds[name], self.shapes[name]
@@ -138,7 +149,7 @@ class HuggingFaceSource:
         for name, file in expected.items():
             if name not in self._places or self._places[name][0].name != file:
                 raise CheckpointError(
-                    f"{self.path / INDEX}: tensor {name!r} is not in {file}, where the index puts it"
+                    f"{self.path / INDEX}: tensor {name!r} is not in {file}, as the index says"
                 )
 
     def _read(self, name: str, start: int, stop: int, row_values: int) -> NDArray[Any]:
@@ -149,7 +160,10 @@ class HuggingFaceSource:
         view = memoryview(out).cast("B")
         position = begin + start * row_values * dtype.itemsize
         while len(view):
-            count = os.preadv(self._handles[file], [view], position)
+            try:
+                count = os.preadv(self._handles[file], [view], position)
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
             if not count:
                 raise CheckpointError(
                     f"{file}: tensor {name!r}: the file was cut short while it was read"
@@ -203,7 +217,7 @@ def _single_file(path: Path) -> str:
 
 def pickle_message(file: Path) -> str:
     return (
-        f"{file}: PyTorch's pickled checkpoints are not read, because loading one runs code from the file; "
-        "only safetensors and GGUF are. Most models on the hub have a model.safetensors; else save it again "
-        "with transformers: model.save_pretrained(folder, safe_serialization=True)"
+        f"{file}: PyTorch's pickled checkpoints are not read, because loading one runs code from "
+        "the file; only safetensors and GGUF are. Most models on the hub have a model.safetensors; "
+        "else save it again with transformers: model.save_pretrained(folder)"
     )

@@ -1,4 +1,4 @@
-"""A foreign checkpoint as the converter sees it: a config and tensors that are read in ranges of rows."""
+"""A foreign checkpoint as the converter sees it: a config, and tensors read in ranges of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import CheckpointError
 from .gguf import LOSSLESS_TYPES, GGUFFile, hf_config
 from .packing import Matrix
 
-# ggml's names of the types that are imported without loss -> kind. int4s: int4 whose bias is -8 scale.
+# ggml's types that are imported without loss -> kind. int4s is int4 whose bias is -8 scale.
 _GGUF_KINDS = {
     "F32": "fp32",
     "F16": "fp16",
@@ -88,7 +88,7 @@ class GGUFSource:
         self._file.close()
 
     def _rows(self, name: str, start: int, stop: int) -> GGUFFile:
-        """The same file with one tensor, cut to rows start..stop (the rows of GGUF are contiguous)."""
+        """The same file with one tensor, cut to rows start..stop (rows are contiguous in GGUF)."""
         tensor = self._file.tensors[name]
         rows = tensor.shape[0]
         if not 0 <= start < stop <= rows:
