@@ -1,8 +1,8 @@
 """The weight file of minflash: which tensors a model has, and a reader that checks all of it.
 
-docs/format.md describes the folder. Whatever is wrong with it is a CheckpointError (or a ConfigError for
-config.json) that names the file, the tensor and the rule. Opening looks at headers only; the scales of a
-matrix are checked when it is first read.
+docs/format.md describes the folder. Whatever is wrong with it is a CheckpointError (or a
+ConfigError for config.json) that names the file, the tensor and the rule. Opening looks at headers
+only; the scales of a matrix are checked when it is first read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .checkpoint_writer import CheckpointWriter
 from .config import ModelConfig
 from .errors import CheckpointError, ConfigError
-from .packing import LAYOUT_VERSION, Layout, Matrix, unpack
+from .packing import LAYOUT_VERSION, TYPES, Layout, Matrix, unpack
 from .safetensors_file import (
     SafetensorsFile,
     SafetensorsHeader,
@@ -41,8 +41,8 @@ from .tensors import (
 )
 
 __all__ = [
-    "Checkpoint", "CheckpointWriter", "SafetensorsFile", "SafetensorsHeader", "TensorInfo", "expected_tensors",
-    "file_order", "open_checkpoint", "read_json", "read_safetensors_header",
+    "Checkpoint", "CheckpointWriter", "SafetensorsFile", "SafetensorsHeader", "TensorInfo",
+    "expected_tensors", "file_order", "open_checkpoint", "read_json", "read_safetensors_header",
 ]  # fmt: skip
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
@@ -90,8 +90,10 @@ class Checkpoint:
         return data.view("<f4").astype(np.float32)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of a tensor as a read-only view of the file, uint8: [row_blocks, row_block_bytes] of a
-        matrix, [4 n] of a vector. Its numbers are checked at the first call. Raises CheckpointError."""
+        """The bytes of a matrix, uint8 [row_blocks, row_block_bytes], or of a vector, [4 n].
+
+        A read-only view of the file. Numbers are checked at the first call. Raises CheckpointError.
+        """
         if name not in self._files:
             raise CheckpointError(f"{self.path}: there is no tensor {short(name)}")
         file, layout = self._files[name], self.matrices.get(name)
@@ -123,7 +125,7 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens the converted model in the folder ``path``.
 
-    Raises CheckpointError (ConfigError for config.json) that names the file, the tensor and the rule.
+    Raises CheckpointError (ConfigError for config.json), which names the file, the tensor and rule.
     """
     path = Path(path)
     _check_folder(path)
@@ -157,8 +159,8 @@ def _check_quantization_config(value: object, path: Path) -> None:
     where = path / CONFIG_FILE
     if not isinstance(value, dict) or value.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
-            f"{where}: quantization_config does not say quant_method {QUANT_METHOD!r}: this model is not converted;"
-            f" run `minflash convert {path} -o OUT`"
+            f"{where}: quantization_config does not say quant_method {QUANT_METHOD!r}:"
+            f" this model is not converted; run `minflash convert {path} -o OUT`"
         )
     _check_version(value.get("layout_version"), where)
 
@@ -169,13 +171,13 @@ def _check_version(version: object, where: Path) -> None:
     assert isinstance(version, int)
     if version > LAYOUT_VERSION:
         raise CheckpointError(
-            f"{where}: layout version {short(version)} is newer than {LAYOUT_VERSION}, the one this minflash reads;"
-            " update minflash (pip install -U minflash)"
+            f"{where}: layout version {short(version)} is newer than {LAYOUT_VERSION}, the one this"
+            " minflash reads; update minflash (pip install -U minflash)"
         )
     if version < LAYOUT_VERSION:
         raise CheckpointError(
-            f"{where}: layout version {version} is older than {LAYOUT_VERSION}, the one this minflash reads;"
-            " convert the model again from its source"
+            f"{where}: layout version {version} is older than {LAYOUT_VERSION}, the one this"
+            " minflash reads; convert the model again from its source"
         )
 
 
@@ -206,7 +208,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         # A file name with a slash or ".." could reach any file of the machine.
         if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
             raise CheckpointError(
-                f"{index}: tensor {short(name)}: {short(file)} is not the plain name of a .safetensors file in this folder"
+                f"{index}: tensor {short(name)}: {short(file)} is not the plain name"
+                " of a .safetensors file in this folder"
             )
     return weight_map
 
@@ -234,7 +237,8 @@ def _check_file_metadata(file: SafetensorsFile) -> None:
     found = file.metadata.get("format")
     if found != QUANT_METHOD:
         raise CheckpointError(
-            f"{file.path}: metadata format must be {QUANT_METHOD!r}, found {short(found)}; convert the model"
+            f"{file.path}: metadata format must be {QUANT_METHOD!r}, found {short(found)};"
+            " convert the model"
         )
     version = file.metadata.get("layout_version", "")
     _check_version(int(version) if re.fullmatch("[0-9]{1,9}", version) else version, file.path)
@@ -257,7 +261,8 @@ def _layouts(file: SafetensorsFile) -> dict[str, Layout]:
             )
         if info.shape != shape or not shape:
             raise CheckpointError(
-                f"{file.path}: tensor {short(name)}: the shape must be {short(shape)}, found {short(info.shape)}"
+                f"{file.path}: tensor {short(name)}: the shape must be {short(shape)},"
+                f" found {short(info.shape)}"
             )
     return layouts
 
@@ -274,10 +279,14 @@ def _layout(name: str, entry: object, file: SafetensorsFile) -> Layout:
         raise CheckpointError(
             f"{where}: rows, cols and group_size must be integers >= 0, found {short(entry)}"
         )
+    if not isinstance(entry["type"], str) or entry["type"] not in TYPES:
+        raise CheckpointError(
+            f"{where}: type {short(entry['type'])} is not one of {', '.join(TYPES)}"
+        )
     try:
         return Layout(**entry)
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {short(str(error))[1:-1]}") from error
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _check_tensors(checkpoint: Checkpoint, files: list[SafetensorsFile]) -> None:
@@ -285,7 +294,8 @@ def _check_tensors(checkpoint: Checkpoint, files: list[SafetensorsFile]) -> None
     path, config, names = checkpoint.path, checkpoint.config, checkpoint.names
     if config.n_layers > len(names):  # before a list of that length is made
         raise CheckpointError(
-            f"{path}: config.json gives {short(config.n_layers)} layers, the files hold {len(names)} tensors"
+            f"{path}: config.json gives {config.n_layers} layers,"
+            f" the files hold {len(names)} tensors"
         )
     expected = expected_tensors(config)
     present = set(names)
@@ -301,7 +311,7 @@ def _check_tensors(checkpoint: Checkpoint, files: list[SafetensorsFile]) -> None
                     f"{file.path}: tensor {short(name)} is left over; config.json has no use for it"
                 )
             _check_shape(file, name, checkpoint.matrices.get(name), expected[name])
-    for found, name in zip(names, expected):
+    for found, name in zip(names, expected, strict=True):
         if found != name:
             raise CheckpointError(
                 f"{_where(files)}: tensor {short(found)} stands where {short(name)} belongs"
@@ -318,5 +328,6 @@ def _check_shape(
     found = file.tensors[name].shape if layout is None else (layout.rows, layout.cols)
     if found != expected:
         raise CheckpointError(
-            f"{file.path}: tensor {short(name)}: config.json implies shape {list(expected)}, found {short(list(found))}"
+            f"{file.path}: tensor {short(name)}: config.json implies shape {list(expected)},"
+            f" found {short(list(found))}"
         )

@@ -1,4 +1,4 @@
-"""Writing a converted model: a stream of tensors into a folder that appears only when it is complete."""
+"""Writing a converted model: tensors stream into a folder that appears when it is complete."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ _CHUNK_BYTES = 16 << 20  # of packed bytes, made and written in one go
 class CheckpointWriter:
     """Writes a converted model beside ``path`` and renames it to ``path`` when it is complete.
 
-    Every tensor is declared up front, because the header comes before the data: ``layouts`` {name: Layout}
-    of the matrices and ``vectors`` {name: length}. Then ``write_matrix`` and ``write_vector`` once for each
-    of ``names``, in that order, ``copy_file`` for what goes along, and ``commit``. Leaving the ``with`` block
-    without a commit, by an exception or not, removes everything.
+    Every tensor is declared up front, because the header comes before the data: ``layouts``
+    {name: Layout} of the matrices and ``vectors`` {name: length}. Then ``write_matrix`` and
+    ``write_vector`` once for each of ``names``, in that order, ``copy_file`` for what goes along,
+    and ``commit``. Leaving the ``with`` block without a commit, by an exception or not, removes
+    everything.
 
     hf_config: the Hugging Face config.json; its quantization_config is replaced.
     shard_bytes: a weight file ends before the tensor that would make its data larger than this.
     overwrite: replace a converted model at ``path``, after success.
 
-    Raises ConvertError when ``path`` is taken, a file cannot be written or a number is NaN or infinite;
-    AssertionError when the calls do not keep to what was declared.
+    Raises ConvertError when ``path`` is taken, a file cannot be written or a number is NaN or
+    infinite; AssertionError when the calls do not keep to what was declared.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class CheckpointWriter:
         self._made_parents: list[Path] = []
 
     def write_matrix(self, name: str, matrix: Matrix | Iterable[Matrix]) -> None:
-        """Writes one matrix, whole or as pieces of rows from the top (each but the last a multiple of 16)."""
+        """Writes one matrix, whole or as pieces from the top, each but the last of 16 n rows."""
         layout, rows = self._layouts[name], 0
         with self._writing(name) as file:
             for piece in [matrix] if isinstance(matrix, Matrix) else matrix:
@@ -108,7 +109,7 @@ class CheckpointWriter:
             self._write_file(name, data)
 
     def commit(self) -> Path:
-        """Makes the model appear at ``path``, durably and as a whole. Returns ``path``, resolved."""
+        """Makes the model appear at ``path``, durably and whole. Returns ``path``, resolved."""
         assert self._next == len(self.names), f"{self.names[self._next :][:3]} were not written"
         with self._guarded():
             self._write_json(CONFIG_FILE, self._config)
@@ -125,7 +126,7 @@ class CheckpointWriter:
         return self.path
 
     def abort(self) -> None:
-        """Removes everything that was written; a model that stood at ``path`` stands there again."""
+        """Removes everything that was written; what stood at ``path`` stands there again."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # a full disk fails again when the buffer is flushed
                 self._file.close()
@@ -192,7 +193,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[BinaryIO]:
-        """Opens the file that ``name`` begins, gives it to the caller, closes the file that ``name`` ends."""
+        """The file for ``name``: opened if it is the file's first tensor, closed after its last."""
         assert self._next < len(self.names), f"{name}: all tensors are written"
         assert name == self.names[self._next], (
             f"{name} is written, {self.names[self._next]} is next"
@@ -211,7 +212,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Makes the temporary folder, and of an OSError a ConvertError that leaves nothing behind."""
+        """Makes the temporary folder; turns an OSError into a ConvertError that leaves nothing."""
         try:
             self._make_folder()
             yield
@@ -264,7 +265,8 @@ def _check_goal(path: Path, overwrite: bool) -> None:
         raise ConvertError(f"{path}: exists already; choose another folder or allow overwriting it")
     if not _is_model(path):  # never delete a folder that someone named by mistake
         raise ConvertError(
-            f"{path}: is not a converted model, only such a folder is overwritten; choose another folder"
+            f"{path}: is not a converted model, and only such a folder is overwritten;"
+            " choose another folder"
         )
 
 
@@ -277,7 +279,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _packed_parts(matrix: Matrix) -> Iterator[tuple[NDArray[np.uint8], Layout]]:
-    """The packed bytes of a matrix, some row blocks at a time: memory stays small for an embedding, too."""
+    """The packed bytes of a matrix, some row blocks at a time, so that memory stays small."""
     layout = matrix.layout
     step = BLOCK_ROWS * max(1, _CHUNK_BYTES // layout.row_block_bytes)
     for start in range(0, layout.rows, step):

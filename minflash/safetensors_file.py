@@ -1,8 +1,8 @@
 """Reading a safetensors file: the header with every check, and memory-mapped bytes of its tensors.
 
-The format (safetensors README, "Format"): 8 bytes little-endian header length N, N bytes of UTF-8 JSON
-``{"name": {"dtype", "shape", "data_offsets": [begin, end]}, ..., "__metadata__": {str: str}}``, then
-the data, entirely covered by the tensors without overlap. A file is untrusted input: nothing is
+The format (safetensors README, "Format"): 8 bytes little-endian header length N, N bytes of UTF-8
+JSON ``{"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}``,
+then the data, covered by the tensors without hole or overlap. A file is untrusted input: nothing is
 allocated or read on the word of a number that was not compared with the size of the file first.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import reprlib
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,10 +27,14 @@ from .errors import CheckpointError, MinflashError
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_JSON_BYTES = 50_000_000  # config.json and the index; real ones stay under 10 MB
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+    "F6_E2M3": 6, "F6_E3M2": 6,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxlist = _REPR.maxtuple = 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """A checked header. ``tensors`` is in the order of the data; ``data_start`` is a file offset."""
+    """A checked header. tensors: in the order of the data; data_start: offset in the file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -71,7 +76,7 @@ class SafetensorsFile:
         self._data_start = header.data_start
 
     def data(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of one tensor, uint8 [nbytes]: a read-only view of the file, perhaps unaligned."""
+        """The bytes of one tensor, uint8 [nbytes]: a read-only view of the file, not aligned."""
         if self._bytes is None:
             raise CheckpointError(f"{self.path}: the file is closed")
         if name not in self.tensors:
@@ -97,7 +102,7 @@ def read_safetensors_header(path: str | Path) -> SafetensorsHeader:
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON header as they stand in the file, padded with spaces to a multiple of 64 bytes."""
+    """Length and JSON header as they stand in the file, padded with spaces to 64 n bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, info in tensors.items():
         entries[name] = {
@@ -111,13 +116,12 @@ def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
 
 
 def short(value: object) -> str:
-    """repr of a value out of a file, cut to a length that suits a message."""
-    text = repr(value[:100] if isinstance(value, str) else value)
-    return text if len(text) <= 100 else text[:100] + "..."
+    """repr of a value out of a file, cut to a length and depth that suit a message."""
+    return _REPR.repr(value)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file for reading. Raises CheckpointError for anything else, and never blocks."""
+    """Opens a regular file for reading, never waiting. Raises CheckpointError for anything else."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -136,7 +140,7 @@ def open_regular(path: Path) -> BinaryIO:
 def parse_json(
     text: bytes, what: str, error: type[MinflashError] = CheckpointError
 ) -> dict[str, Any]:
-    """bytes -> JSON object. ``what`` begins the message of ``error``: not UTF-8, not JSON, a repeated key."""
+    """bytes -> JSON object. Raises ``error``, whose message begins with ``what``."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -177,7 +181,7 @@ def read_json(path: str | Path, error: type[MinflashError] = CheckpointError) ->
 
 
 def is_count(value: object) -> bool:
-    """True for an integer that fits 64 bits; JSON's true and false, which Python takes for ints, are none."""
+    """True for an integer that fits 64 bits; JSON's true and false, ints to Python, are none."""
     return type(value) is int and 0 <= value < 1 << 64
 
 
@@ -221,7 +225,8 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, int, bytes]:
         )
     if length > size - 8:
         raise CheckpointError(
-            f"{path}: header length {length} reaches beyond the file of {size} bytes; it is truncated"
+            f"{path}: header length {length} reaches beyond the file of {size} bytes;"
+            " it is truncated"
         )
     text = file.read(length)
     if len(text) != length or not text.startswith(b"{"):
@@ -261,7 +266,8 @@ def _tensor(name: str, entry: object, path: Path) -> TensorInfo:
     if begin > end or bits != 8 * (end - begin):
         needed = short(bits // 8)
         raise CheckpointError(
-            f"{where}: {dtype} of shape {short(shape)} needs {needed} bytes, data_offsets {short(offsets)} give another size"
+            f"{where}: {dtype} of shape {short(shape)} needs {needed} bytes,"
+            f" data_offsets {short(offsets)} give another size"
         )
     return TensorInfo(dtype, tuple(shape), begin, end)
 
@@ -279,14 +285,17 @@ def _check_cover(ordered: Mapping[str, TensorInfo], data_bytes: int, path: Path)
         where = f"{path}: tensor {short(name)}"
         if info.begin < position:
             raise CheckpointError(
-                f"{where}: begins at byte {info.begin} and overlaps {before}, which ends at {position}"
+                f"{where}: begins at byte {info.begin} and overlaps {before},"
+                f" which ends at {position}"
             )
         if info.begin > position:
             raise CheckpointError(
-                f"{where}: begins at byte {info.begin}, a hole after {before}, which ends at {position}"
+                f"{where}: begins at byte {info.begin}, a hole after {before},"
+                f" which ends at {position}"
             )
         position, before = info.end, short(name)
     if position != data_bytes:
         raise CheckpointError(
-            f"{path}: {data_bytes - position} bytes after {before} belong to no tensor; the file is damaged"
+            f"{path}: {data_bytes - position} bytes after {before} belong to no tensor;"
+            " the file is damaged"
         )

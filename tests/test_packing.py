@@ -1,7 +1,7 @@
 """The packed layout: round trips, and docs/format.md read by the letter.
 
-``read_element`` below was written from docs/format.md ("Tiles"), one element at a time, and shares no
-code with minflash.packing: where both agree, the document is true.
+``read_element`` below was written from docs/format.md ("Tiles"), one element at a time, and shares
+no code with minflash.packing: where both agree, the document is true.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def tile_bytes(type: str, group: int) -> int:
 
 
 def find_code(type: str, r: int, k: int) -> tuple[int, int]:
-    """-> byte offset of a code in its tile, and the bit it begins at. r: row in the block, k: column in the tile."""
+    """-> byte of a code in its tile, first bit. r: row of the block, k: column of the tile."""
     h, g = divmod(r, 8)
     if type in ("fp32", "bf16", "fp16"):
         return int(CODE_BYTES[type]) * (512 * (k // 32) + 32 * r + k % 32), 0
