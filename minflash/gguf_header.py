@@ -150,5 +150,6 @@ class Cursor:
         left = len(self.data) - self.position
         if count * size > left:
             raise CheckpointError(
-                f"{self.path}: {what}: does not fit into the {left} bytes that are left: the file is cut short or damaged"
+                f"{self.path}: {what}: does not fit into the {left} bytes that are left: "
+                "the file is cut short or damaged"
             )
