@@ -1,8 +1,8 @@
 """Small random Hugging Face checkpoints, the same on every machine and with every NumPy.
 
 The weights come from an integer hash (the finaliser of SplitMix64, Steele et al., OOPSLA 2014), not
-from a random generator whose stream may change. ``CASES`` names one checkpoint per architecture and quirk;
-tests/golden/ holds the logits that transformers computes for each (tools/make_golden.py).
+from a random generator whose stream may change. ``CASES`` names one checkpoint per architecture and
+quirk; tests/golden/ holds the logits of transformers for each (tools/make_golden.py).
 """
 
 from __future__ import annotations
