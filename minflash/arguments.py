@@ -98,6 +98,8 @@ def parse(options: Mapping[str, Any], defaults: Sampling | None = None) -> Reque
 def token_ids(name: str, values: Any) -> list[int]:
     """Whole numbers of any integer type (NumPy arrays too) -> list of int."""
     try:
+        if isinstance(values, (bytes, bytearray)):
+            raise TypeError  # text that was not decoded, rather than token ids
         return [operator.index(value) for value in values]
     except TypeError:
         raise ArgumentError(

@@ -91,6 +91,10 @@ def model_folder(
         if _is_converted(path):
             _refuse_quantize(str(path), quantize, group_size)
             return path
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path}: holds no config.json, so that it is not a model's folder"
+            )
         return _converted(str(path), path.resolve().name, _folder_identity(path), options, progress)
     if path.exists():
         _check_gguf(path)

@@ -1,4 +1,4 @@
-"""generate, stream and chat without an LLM in hand: the model is loaded when first used, and kept."""
+"""generate, stream and chat without an LLM in hand: loaded when first used, and kept."""
 
 from __future__ import annotations
 
