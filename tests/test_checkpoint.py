@@ -1,14 +1,17 @@
-"""The weight file, written and read back; what a failed write leaves behind."""
+"""The weight file, written and read back, by minflash and by the program in docs/format.md."""
 
 from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors
+from numpy.typing import NDArray
 from weight_files import HF_CONFIG, random_matrix, random_vector, write_model
 
 from minflash.checkpoint import (
@@ -21,7 +24,7 @@ from minflash.checkpoint import (
 )
 from minflash.config import ModelConfig
 from minflash.errors import CheckpointError
-from minflash.packing import Layout
+from minflash.packing import Layout, dequantize
 
 LAYER_NAMES = [
     "attn_norm",
@@ -35,15 +38,8 @@ LAYER_NAMES = [
     "w_gate_up",
     "w_down",
 ]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+STORED = [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 64), ("int8", 128), ("fp8", 32)]
+STORED += [("fp16", 0), ("bf16", 0), ("fp32", 0)]
 
 
 def check_contents(checkpoint: Checkpoint) -> None:
@@ -61,10 +57,7 @@ def check_contents(checkpoint: Checkpoint) -> None:
             np.testing.assert_array_equal(vector, random_vector(name, len(vector)))
 
 
-@pytest.mark.parametrize(
-    "type,group",
-    [("int4", 32), ("int4", 64), ("int8", 128), ("fp8", 32), ("fp16", 0), ("bf16", 0), ("fp32", 0)],
-)
+@pytest.mark.parametrize("type,group", STORED)
 def test_write_and_read(tmp_path: Path, type: str, group: int) -> None:
     path = write_model(tmp_path / "model", layer_type=type, group=group, head_type="bf16")
     with open_checkpoint(path) as checkpoint:
@@ -196,3 +189,30 @@ def test_opening_reads_no_data(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert checkpoint.nbytes > 50_000_000 and peak < 6_000_000
+
+
+# The document
+
+
+def document_reader() -> Callable[[Path, str], NDArray[np.float32]]:
+    """The program at the end of docs/format.md."""
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    read: Callable[[Path, str], NDArray[np.float32]] = names["read"]
+    return read
+
+
+@pytest.mark.parametrize("type,group", STORED)
+def test_the_reader_of_the_document(tmp_path: Path, type: str, group: int) -> None:
+    path = write_model(
+        tmp_path / "model", shard_bytes=20_000, layer_type=type, group=group, head_type=type
+    )
+    read = document_reader()
+    with open_checkpoint(path) as checkpoint, np.errstate(invalid="ignore"):
+        for name in checkpoint.names[:6] + checkpoint.names[-2:]:
+            if name in checkpoint.matrices:
+                expected = dequantize(checkpoint.matrix(name))
+            else:
+                expected = checkpoint.vector(name)
+            np.testing.assert_array_equal(read(path, name), expected)
