@@ -255,7 +255,7 @@ def _compile_runtime(sanitizer: Sanitizer | None) -> Path:
     """The emulator itself, never instrumented: it tells the sanitizer what its fibers do."""
     defines = [f"-DEMULATED_{sanitizer.upper()}_SANITIZER"] if sanitizer else []
     # The loops that move bytes must not become memcpy, which sanitizers intercept.
-    flags = ["-O2", "-fno-tree-loop-distribute-patterns", *defines]
+    flags = ["-O3", "-fno-tree-loop-distribute-patterns", *defines]
     path, ready = _cached(flags, ".o")
     if not ready:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -38,26 +38,32 @@ void named_barrier(int id, int threads) {
 }
 
 // c[16 x 8] += a[16 x 16] b[16 x 8] for the whole warp at once; fragments as the PTX manual draws them.
-static void multiply(Slot* lane, float (*decode)(u32)) {
-  float a[16][16], b[16][8], c[16][8];
-  for (u32 l = 0; l < 32; l++)
-    for (u32 i = 0; i < 8; i++) {
-      u32 g = l / 4, q = l % 4, half = i % 2;
-      a[g + (i / 2 % 2) * 8][2 * q + half + (i / 4) * 8] = decode(lane[l].word[i / 2] >> 16 * half & 0xffff);
-      if (i < 4) b[2 * q + half + (i / 2) * 8][g] = decode(lane[l].word[4 + i / 2] >> 16 * half & 0xffff);
-      if (i < 4) c[g + (i / 2) * 8][2 * q + half] = f32_of_bits(lane[l].word[6 + i]);
+template <float (*decode)(u32)>
+void multiply(Slot* lane) {
+  typedef float Row __attribute__((vector_size(32)));
+  float a[16][16];
+  Row b[16], c[16];
+  for (u32 l = 0; l < 32; l++) {
+    const u32 g = l / 4, q = l % 4 * 2;
+    const u32* w = lane[l].word;
+    for (u32 half = 0; half < 2; half++) {   // k + 0 and k + 1 share a word
+      const u32 shift = 16 * half, k = q + half;
+      a[g][k] = decode(w[0] >> shift & 0xffff), a[g + 8][k] = decode(w[1] >> shift & 0xffff);
+      a[g][k + 8] = decode(w[2] >> shift & 0xffff), a[g + 8][k + 8] = decode(w[3] >> shift & 0xffff);
+      b[k][g] = decode(w[4] >> shift & 0xffff), b[k + 8][g] = decode(w[5] >> shift & 0xffff);
+      c[g][k] = f32_of_bits(w[6 + half]), c[g + 8][k] = f32_of_bits(w[8 + half]);
     }
+  }
   for (u32 m = 0; m < 16; m++)
-    for (u32 k = 0; k < 16; k++)
-      for (u32 n = 0; n < 8; n++) c[m][n] += a[m][k] * b[k][n];
+    for (u32 k = 0; k < 16; k++) c[m] += a[m][k] * b[k];
   for (u32 l = 0; l < 32; l++)
     for (u32 i = 0; i < 4; i++) lane[l].word[6 + i] = bits_of_f32(c[l / 4 + (i / 2) * 8][2 * (l % 4) + i % 2]);
 }
 
 static void complete(Block& b, u32 warp, WarpGate& g) {
   Slot* slots = g.slot[g.generation & 1];
-  if (g.what == Exchange::mma_bf16) multiply(slots, f32_of_bf16);
-  if (g.what == Exchange::mma_f16) multiply(slots, f32_of_f16);
+  if (g.what == Exchange::mma_bf16) multiply<f32_of_bf16>(slots);
+  if (g.what == Exchange::mma_f16) multiply<f32_of_f16>(slots);
   make_ready(b, warp, g.arrived);
   g.arrived = 0, g.generation++;
   step(b);
@@ -75,7 +81,7 @@ static const char* name(Exchange e) {
   return (const char*[]){"__syncwarp", "a shuffle", "a vote", "mma bf16", "mma f16"}[(u32)e];
 }
 
-const Slot* exchange(u32 mask, Exchange what, const Slot& mine) {
+const Slot* exchange(u32 mask, Exchange what, const u32* mine, u32 words) {
   Block& b = *block;
   Fiber& f = self();
   f.n_polled = 0;
@@ -84,7 +90,7 @@ const Slot* exchange(u32 mask, Exchange what, const Slot& mine) {
   if (g.arrived != 0 && g.what != what) fail("%s, while others of the warp are at %s", name(what), name(g.what));
   g.what = what;
   const u32 turn = g.generation & 1;
-  g.slot[turn][f.lane] = mine;
+  for (u32 i = 0; i < words; i++) g.slot[turn][f.lane].word[i] = mine[i];
   g.arrived |= 1u << f.lane;
   if (what == Exchange::warp_barrier) TSAN(__tsan_release(&g.order[turn]));
   if (g.arrived == (mask & b.live[f.warp])) {
@@ -97,6 +103,6 @@ const Slot* exchange(u32 mask, Exchange what, const Slot& mine) {
   return g.slot[turn];
 }
 
-void warp_barrier(u32 mask) { exchange(mask, Exchange::warp_barrier, {}); }
+void warp_barrier(u32 mask) { exchange(mask, Exchange::warp_barrier, nullptr, 0); }
 
 }  // namespace emulated

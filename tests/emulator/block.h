@@ -58,6 +58,7 @@ struct Launch {
   Order order;
   u64 seed, timeout_ns;
   bool allow_unlanded;
+  u32 eager;                                        // chance (of 2^32) that a copy lands although somebody can run
   std::vector<Block*> blocks;
   std::atomic<bool> failed{false}, deadlock{false};
 };

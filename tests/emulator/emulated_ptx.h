@@ -49,9 +49,9 @@ namespace emulated {
 template <class T>
 T shuffle(u32 mask, T v, u32 from, bool in_range) {
   static_assert(sizeof(T) <= sizeof(Slot), "a shuffle moves at most a slot");
-  Slot slot = {};
-  __builtin_memcpy(&slot, &v, sizeof(T));
-  const Slot* all = exchange(mask, Exchange::shuffle, slot);
+  u32 words[(sizeof(T) + 3) / 4] = {};
+  __builtin_memcpy(words, &v, sizeof(T));
+  const Slot* all = exchange(mask, Exchange::shuffle, words, (sizeof(T) + 3) / 4);
   if (!in_range) return v;
   if (mask >> from & 1) __builtin_memcpy(&v, &all[from], sizeof(T));
   else __builtin_memset(&v, 0xff, sizeof(T));   // undefined on the device: poison here
@@ -76,7 +76,8 @@ template <class T> T __shfl_up_sync(u32 mask, T v, u32 delta, int width = 32) {
   return emulated::shuffle(mask, v, (emulated::lane() - delta) & 31, emulated::lane() >= base + delta);
 }
 inline u32 __ballot_sync(u32 mask, int predicate) {
-  const emulated::Slot* all = emulated::exchange(mask, emulated::Exchange::vote, {{predicate != 0}});
+  const u32 mine = predicate != 0;
+  const emulated::Slot* all = emulated::exchange(mask, emulated::Exchange::vote, &mine, 1);
   u32 ballot = 0;
   for (u32 i = 0; i < 32; i++) ballot |= (mask >> i & 1 ? all[i].word[0] : 0u) << i;
   return ballot;
@@ -256,8 +257,8 @@ inline void bar_sync(int id, int threads) { emulated::named_barrier(id, threads)
 
 namespace emulated {
 inline void mma(Exchange what, float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  Slot mine = {{a0, a1, a2, a3, b0, b1, bits_of_f32(c[0]), bits_of_f32(c[1]), bits_of_f32(c[2]), bits_of_f32(c[3])}};
-  const Slot& sums = exchange(0xffffffffu, what, mine)[lane()];
+  const u32 mine[10] = {a0, a1, a2, a3, b0, b1, bits_of_f32(c[0]), bits_of_f32(c[1]), bits_of_f32(c[2]), bits_of_f32(c[3])};
+  const Slot& sums = exchange(0xffffffffu, what, mine, 10)[lane()];
   for (int i = 0; i < 4; i++) c[i] = f32_of_bits(sums.word[6 + i]);
 }
 }  // namespace emulated

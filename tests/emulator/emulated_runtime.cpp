@@ -81,7 +81,7 @@ Block::Block(Launch& l, u32 i)
 
 static std::string describe(const Block& b, const Fiber& f) {
   char text[256] = "";
-  if (f.state == State::ready) return "could run";
+  if (b.ready[f.warp] >> f.lane & 1) return "could run";
   if (f.state == State::done) return "ended";
   if (f.state == State::warp) {
     u32 arrived = 0;
@@ -149,6 +149,14 @@ static u8* new_smem(u64 bytes) {
   return static_cast<u8*>(p);
 }
 
+#ifdef EMULATED_THREAD_SANITIZER
+static void name_fiber(const Fiber& f) {
+  char text[64];
+  snprintf(text, sizeof(text), "block %u warp %u lane %u", f.block.x, f.warp, f.lane);
+  __tsan_set_fiber_name(f.context.sanitizer_fiber, text);
+}
+#endif
+
 static void run_block(Block& b) {
   Stacks stacks(b.launch.threads);
   std::unique_ptr<u8, void (*)(void*)> smem(new_smem(b.launch.smem_bytes), free);
@@ -173,6 +181,7 @@ static void run_block(Block& b) {
     static_cast<Thread&>(f) = {{t, 0, 0}, {b.index, 0, 0}, {b.launch.threads, 1, 1}, {b.launch.grid, 1, 1}};
     f.warp = t / 32, f.lane = t % 32;
     f.context.prepare(stacks.stack(t), entry);
+    TSAN(name_fiber(f));
   }
   for (u32 w = 0; w < b.warps; w++) b.live[w] = ~0u, make_ready(b, w, ~0u);
   Fiber& first = b.fiber[pick(b, b.ready_warps, 31) * 32 + pick(b, ~0u, 31)];
@@ -196,7 +205,8 @@ extern "C" __attribute__((visibility("default"))) int emulated_launch(
   struct alignas(128) Line { u8 byte[128]; };
   std::vector<Line> aligned(args_bytes / sizeof(Line) + 1);
   memcpy(aligned.data(), args, args_bytes);
-  Launch launch{kernel, aligned.data(), grid, threads, smem_bytes, Order(order), seed, (u64)(timeout_s * 1e9), allow_unlanded != 0, {}};
+  const u32 eager = (const u32[]){0, 1u << 29, 1u << 31}[seed % 3];
+  Launch launch{kernel, aligned.data(), grid, threads, smem_bytes, Order(order), seed, (u64)(timeout_s * 1e9), allow_unlanded != 0, eager, {}};
   std::vector<std::unique_ptr<Block>> blocks;
   for (u32 i = 0; i < grid; i++) blocks.push_back(std::make_unique<Block>(launch, i)), launch.blocks.push_back(blocks[i].get());
   std::vector<std::thread> running;

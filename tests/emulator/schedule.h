@@ -32,7 +32,6 @@ static void make_ready(Block& b, u32 warp, u32 lanes) {
   if (lanes != 0) b.ready_warps |= 1u << warp;
   b.waiting[warp] &= ~lanes;
   b.spinning[warp] &= ~lanes;
-  for (; lanes != 0; lanes &= lanes - 1) b.fiber[warp * 32 + (u32)__builtin_ctz(lanes)].state = State::ready;
 }
 
 // The set bit to visit after `at`, in the launch's order.
@@ -100,8 +99,7 @@ static void land_one(Block& b);
 // The fiber to run next; null when the launch has failed.
 static Fiber* choose(Block& b) {
   const Fiber& me = self();
-  const u32 eager = (const u32[]){0, 1u << 29, 1u << 31}[b.launch.seed % 3];   // chance that a copy lands although somebody can run
-  if (eager != 0 && !b.in_flight.empty() && b.random() < eager && anyone_waits(b)) land_one(b);
+  if (b.launch.eager != 0 && !b.in_flight.empty() && b.random() < b.launch.eager && anyone_waits(b)) land_one(b);
   while (b.ready_warps == 0) {
     if (!b.in_flight.empty() && anyone_waits(b)) land_one(b);
     else if (!wake_spinners(b, false)) idle(b);
@@ -130,6 +128,7 @@ static void wait(Block& b, State why) {
   if (why == State::mbarrier) b.waiting[f.warp] |= 1u << f.lane;
   if (why == State::spin) b.spinning[f.warp] |= 1u << f.lane;
   run_next(b);
+  f.state = State::ready;
 }
 
 }  // namespace emulated
