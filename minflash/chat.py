@@ -51,7 +51,14 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **extra,
         )
-    except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        LookupError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise ArgumentError(f"the chat template refuses these messages: {error}") from error
 
 
