@@ -255,12 +255,16 @@ def _version() -> str:
 
 
 def _check_goal(path: Path, overwrite: bool) -> None:
+    """Raises ConvertError when ``path`` may not become the model's folder."""
     if not os.path.lexists(path):
         return
     if not path.is_dir():
         raise ConvertError(f"{path}: is a file; choose the name of a new folder")
-    if not any(path.iterdir()):
-        return
+    try:
+        if not any(path.iterdir()):
+            return
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be read: {error.strerror}") from error
     if not overwrite:
         raise ConvertError(f"{path}: exists already; choose another folder or allow overwriting it")
     if not _is_model(path):  # never delete a folder that someone named by mistake

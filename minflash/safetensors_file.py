@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .errors import CheckpointError, MinflashError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_JSON_BYTES = 50_000_000  # config.json and the index; real ones stay under 10 MB
+MAX_JSON_BYTES = 16_000_000  # config.json and the index; real ones stay under 10 MB
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
     "F6_E2M3": 6, "F6_E3M2": 6,

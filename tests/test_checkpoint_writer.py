@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,21 +107,27 @@ def test_an_exception_leaves_nothing(tmp_path: Path, interrupt: type[BaseExcepti
 
 
 class FullDisk(io.BufferedWriter):
-    """A file of a disk that takes ``room`` bytes more."""
+    """A file of a disk that takes ``room`` bytes more, then raises ``error``."""
 
     room = 0
+    error: BaseException
 
     def write(self, data: Any) -> int:
         FullDisk.room -= memoryview(data).nbytes
         if FullDisk.room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise FullDisk.error
         return super().write(data)
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 1])
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_full_disk_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, existing: bool
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_full_disk_or_an_interrupt_leaves_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    existing: bool,
+    interrupted: bool,
 ) -> None:
     total = sum(map(len, tree(write_model(tmp_path / "other")).values()))
     goal = tmp_path / "deep" / "model"
@@ -131,16 +138,31 @@ def test_a_full_disk_leaves_nothing(
     def full(path: Path) -> FullDisk:
         return FullDisk(io.FileIO(path, "x"))
 
+    full_disk = OSError(errno.ENOSPC, "No space left on device")
+    FullDisk.error = KeyboardInterrupt() if interrupted else full_disk
     FullDisk.room = int(share * total) - 1
     monkeypatch.setattr(checkpoint_writer, "open_new", full)
     with (
-        pytest.raises(ConvertError, match="No space left on device"),
+        pytest.raises(KeyboardInterrupt if interrupted else ConvertError) as caught,
         new_writer(goal, overwrite=existing) as writer,
     ):
         write_all(writer, *plan(HF_CONFIG))
         writer.commit()
     assert tree(tmp_path) == before
     assert existing or [entry.name for entry in tmp_path.iterdir()] == ["other"]
+    assert interrupted or "No space left on device" in str(caught.value)
+
+
+def test_the_limit_of_the_system_leaves_nothing(tmp_path: Path) -> None:
+    """The same with a write that the system itself refuses."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ConvertError, match="File too large"):
+            write_model(tmp_path / "deep" / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("call", [1, 2])
