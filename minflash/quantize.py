@@ -228,7 +228,8 @@ def _int4(values: Floats, layout: Layout, search: bool) -> tuple[Matrix, Quantiz
 
 def _as_fp16(values: NDArray[np.floating[Any]]) -> Floats:
     """Rounded (and clipped) to float16, as float32."""
-    return np.clip(values, -FP16_MAX, FP16_MAX).astype(np.float16).astype(np.float32)
+    rounded = np.clip(values, -FP16_MAX, FP16_MAX).astype(np.float16)
+    return np.asarray(rounded, dtype=np.float32)
 
 
 def _direct_error(values: Floats, scales: Floats, biases: Floats) -> NDArray[np.float64]:
