@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -33,6 +35,7 @@ JOINED = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>"]
 CHATS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "Hello"}],
@@ -46,8 +49,7 @@ def tokenizer_with(
     folder: Path, template: str | None, *, words: list[str] | None = None
 ) -> Tokenizer:
     """A byte-level tokenizer whose special tokens begin and end a turn."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = SPECIAL + letters + (words or [])
+    vocabulary = SPECIAL + LETTERS + (words or [])
     merges = [(word[0], word[1:]) for word in words or []]
     fast = FastTokenizer(models.BPE({text: n for n, text in enumerate(vocabulary)}, merges))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -187,6 +189,24 @@ def test_parts_that_a_template_joins(tmp_path: Path) -> None:
     assert "user\na<|im_end|>b<|im_end|>" in tokenizer.decode(ids, skip_special=False)
 
 
+PIECES = ["<|im_end|>", "<|im_start|>", "<s>", "<", "|im_", "end|>", "s>", "|", ">", " ", "\n", "x"]
+CONTENT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_with(tmp_path_factory.mktemp("joined"), JOINED)
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(CONTENT, min_size=1, max_size=3))
+def test_no_content_makes_a_special_token(joined: Tokenizer, parts: list[str]) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": part} for part in parts]}]
+    ids = joined.apply_chat_template(messages)
+    assert [token for token in ids if token in joined.special_ids] == [0, 1, 0]
+    assert joined.decode(ids, skip_special=False) == render(JOINED, messages)
+
+
 def test_tools_are_neutralized_too(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path, "<s>{{ tools | tojson }}{{ messages[0].content }}")
     ids = tokenizer.apply_chat_template(CHATS[0], tools=[{"name": "<s>", "<s>": ["<|im_end|>"]}])
@@ -211,6 +231,23 @@ def test_templates_may_look_at_what_was_written(tmp_path: Path) -> None:
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "<s></think> <s>x"}])
     assert ids[0] == 2 and tokenizer.special_ids.isdisjoint(ids[1:])
     assert tokenizer.decode(ids) == "<s>x"
+
+
+def test_special_tokens_outside_the_vocabulary(tmp_path: Path) -> None:
+    """As in Llama 3: special tokens, and others that are not, are added after the vocabulary."""
+    fast = FastTokenizer(models.BPE({text: n for n, text in enumerate(LETTERS)}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_tokens(["<tool>"])
+    fast.add_special_tokens(SPECIAL)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(JOINED)
+    tokenizer = Tokenizer.load(tmp_path, 1000)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "<tool><s>"}])
+    assert [token for token in ids if token >= 256] == [257, 256, 258, 257]
+    assert tokenizer.decode(ids, skip_special=False) == (
+        "<|im_start|>user\n<tool><s><|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_roles_reach_the_template_as_they_are() -> None:
