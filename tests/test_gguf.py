@@ -366,8 +366,9 @@ def test_damaged_files(tmp_path: Path, damage: str) -> None:
     refused(path, message)
 
 
-def test_the_undamaged_image_opens(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(image())
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_undamaged_image_opens(tmp_path: Path, version: int) -> None:
+    (tmp_path / "m.gguf").write_bytes(image(version=version))
     with GGUFFile(tmp_path / "m.gguf") as file:
         assert file.matrix("w").codes.shape == (4, 32)
 
