@@ -105,6 +105,7 @@ class CpuEngine:
 def open_engine(checkpoint: Checkpoint, device: str | None, max_context: int | None) -> Engine:
     """The engine for ``device``: "cuda", "cpu", or None for MINFLASH_DEVICE, else what there is.
 
+    The checkpoint may be closed once the engine is made.
     Raises DeviceError when "cuda" is asked for and cannot be used, ArgumentError for other names.
     """
     device = device or os.environ.get("MINFLASH_DEVICE") or None

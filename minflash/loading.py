@@ -11,6 +11,7 @@ from typing import Any
 from .arguments import check_load, unknown_load_argument
 from .errors import ArgumentError, CheckpointError, ConfigError, MinflashError
 from .llm import LLM
+from .notice import say_once
 from .packing import LAYOUT_VERSION
 from .sampling import Sampling
 
@@ -152,6 +153,8 @@ def _converted(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with cache.file_lock(folder.with_name(folder.name + ".lock")):
         if not _is_converted(folder):
+            if progress:
+                say_once(f"converting {source} into {folder}, once")
             convert(source, folder, progress=progress, **options)
     return folder
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 MEMORY_SHARE = 0.8  # part of the free memory that a KV cache may grow into
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees its own
 
 
 def cpu_context(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -56,16 +57,21 @@ def cpu_context(checkpoint: Checkpoint, asked: int | None) -> int:
 def free_memory_bytes() -> int:
     """Memory that can be had now: what the system calls available, within the group's limit."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = (
-            int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-        )
-    with contextlib.suppress(OSError, ValueError):  # "max": no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        free = 1024 * _table(Path("/proc/meminfo"))["MemAvailable:"]
+    with contextlib.suppress(OSError, ValueError, KeyError):  # "max": no limit
+        limit = int((CONTROL_GROUP / "memory.max").read_text())
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        # Pages of files that were read count as used, but are given up when others need them.
+        used -= _table(CONTROL_GROUP / "memory.stat")["inactive_file"]
+        free = min(free, limit - used)
     return free
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Lines of a name and a number, perhaps with a unit."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
 
 
 def peak_memory_bytes(engine: Engine) -> int:

@@ -551,5 +551,13 @@ def test_context_is_bounded_by_memory_and_said(
             memory.cpu_context(checkpoint, None)
 
 
-def test_free_memory_is_plausible() -> None:
+def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e6 < memory.free_memory_bytes() < 1e14
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    outside = memory.free_memory_bytes()
+    (tmp_path / "memory.max").write_text("50000\n")
+    (tmp_path / "memory.current").write_text("30000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 20000\n")
+    assert memory.free_memory_bytes() == 40000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory_bytes() > outside / 2
