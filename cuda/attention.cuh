@@ -1,0 +1,333 @@
+// Attention over KV heads x splits of the past. All query heads of a KV head meet each K and V byte in
+// shared memory, once; the past comes through the ring, the step's own positions from the qkv buffer.
+//
+// The cache of one layer is [kv head][block of 16 positions][K | V]:
+//   K [head_dim / 32][16 positions][32 dims], V [head_dim / 16][8 g][4 q][2][4 positions], dim = 16 d + 8 i + g,
+// so that a lane's fragment is 16 consecutive bytes. In a fragment, column n = 2 q + i of the t-th
+// score tile is position 4 q + 2 t + i: scores leave one mma in the registers where the next wants them.
+#pragma once
+#include "norm.cuh"
+#include "rope.cuh"
+
+namespace attention {
+constexpr int kHeadDim = model::kHeadDim;
+constexpr int kGroup = model::kHeads / model::kKvHeads;  // query heads of a KV head
+constexpr int kHalfBytes = 16 * kHeadDim * 2;            // K or V of one block of positions
+constexpr int kBlockBytes = 2 * kHalfBytes;
+constexpr int kChunkBlocks = kStageBytes / kBlockBytes;
+static_assert(kChunkBlocks >= 1, "a stage must hold a block of 16 positions of K and V");
+
+// The work: query rows of a KV head in tiles of 16, times splits of the past.
+template <class Map>
+struct Plan {
+  int n_columns, position, first_block, blocks, row_tiles, splits;
+  __device__ Plan(int n_columns, int position, int window) : n_columns(n_columns), position(position) {
+    const int oldest = window ? position - window + 1 : 0;  // of what column 0 sees
+    first_block = oldest > 0 ? oldest / 16 : 0;
+    blocks = ceil_div(position, 16) - first_block;
+    if (blocks < 0) blocks = 0;
+    row_tiles = ceil_div(kGroup * n_columns, 16);
+    const int room = int(gridDim.x) / (model::kKvHeads * row_tiles);
+    splits = smaller(room < kMaxSplits ? room : kMaxSplits, ceil_div(blocks, kSplitBlocks));
+    if (splits < 1) splits = 1;
+  }
+  __device__ __forceinline__ int units() const { return model::kKvHeads * row_tiles * splits; }
+  __device__ __forceinline__ int split_begin(int split) const { return first_block + int((long long)blocks * split / splits); }
+};
+
+struct Unit { int kv_head, row_tile, split; };
+template <class Map>
+__device__ __forceinline__ Unit unit_of(const Plan<Map>& plan, int index) {
+  return {index / (plan.row_tiles * plan.splits), index / plan.splits % plan.row_tiles, index % plan.splits};
+}
+
+__device__ __forceinline__ u64 block_offset(int kv_head, int block, int max_blocks) { return ((u64)kv_head * max_blocks + block) * kBlockBytes; }
+__device__ __forceinline__ int k_offset(int position, int dim) { return dim / 32 * 1024 + position * 64 + dim % 32 * 2; }
+__device__ __forceinline__ int v_offset(int position, int dim) {
+  return kHalfBytes + dim / 16 * 512 + dim % 8 * 64 + position / 4 * 16 + dim % 16 / 8 * 8 + position % 4 * 2;
+}
+
+template <class Map>
+__device__ void stream_past(Producer<Map>& producer, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
+  const Deal::Share share = deal.take(plan.units());
+  for (int i = 0; i < share.count; i++) {
+    const Unit u = unit_of(plan, share.first + i * gridDim.x);
+    const int end = plan.split_begin(u.split + 1);
+    for (int b = plan.split_begin(u.split); b < end; b += kChunkBlocks)
+      producer.copy(cache + block_offset(u.kv_head, b, max_blocks), smaller(kChunkBlocks, end - b) * kBlockBytes);
+  }
+}
+
+// Shared memory of a unit. Queries are padded by 16 bytes a row against bank conflicts.
+constexpr int kQueryStride = kHeadDim * 2 + 16;
+template <class Map>
+struct Scratch {
+  static constexpr int kRows = smaller(16, kGroup * Map::kColumns);
+  u8 *queries, *fresh;      // [16][kQueryStride]; one block of positions: the step's own K and V
+  float *sums, *outputs;    // [kSlots][kRows][2]: maximum and sum; [kSlots][kRows][kHeadDim]
+  static __device__ __forceinline__ Scratch here() {
+    u8* base = Shared<Map>::scratch();
+    float* sums = reinterpret_cast<float*>(base + 16 * kQueryStride + kBlockBytes);
+    return {base, base + 16 * kQueryStride, sums, sums + Map::kSlots * kRows * 2};
+  }
+};
+
+// Norm and rotation of one head's row of fp32 values in global memory by one warp; put(dim, value).
+template <class Put>
+__device__ __forceinline__ void rotate_row(const float* row, const float* norm_weight, const StepArgs& args, int position, Put put) {
+  constexpr int kHalf = kHeadDim / 2, kPairs = ceil_div(kHalf, 32);
+  const int lane = threadIdx.x % 32;
+  float a[kPairs], b[kPairs], squares = 0;
+#pragma unroll
+  for (int i = 0; i < kPairs; i++) {
+    const int d = lane + 32 * i;
+    a[i] = d < kHalf ? ld_cg(row + d) : 0;
+    b[i] = d < kHalf ? ld_cg(row + kHalf + d) : 0;
+    squares += a[i] * a[i] + b[i] * b[i];
+  }
+  [[maybe_unused]] const float scale = model::kQkNorm ? rsqrtf(warp_sum(squares) / kHeadDim + model::kNormEps) : 1.0f;
+#pragma unroll
+  for (int i = 0; i < kPairs; i++) {
+    const int d = lane + 32 * i;
+    if (d >= kHalf) break;
+    if constexpr (model::kQkNorm) a[i] *= scale * norm_weight[d], b[i] *= scale * norm_weight[kHalf + d];
+    const Rotation r = rotation(args.rope_turns[d], position, args.rope_scale);
+    put(d, a[i] * r.cos - b[i] * r.sin);
+    put(kHalf + d, b[i] * r.cos + a[i] * r.sin);
+  }
+}
+
+__device__ __forceinline__ u16 rounded(float v) { return (u16)round_pair<kKvBf16>(v, 0.0f); }
+
+// Queries of the unit's row tile, and, for the last split, the step's own K and V: also into the cache.
+template <class Map>
+__device__ void prepare(const Plan<Map>& plan, const Unit& u, const StepArgs& args, const float* qkv, const float* q_norm, const float* k_norm,
+                        u8* cache) {
+  const Scratch<Map> s = Scratch<Map>::here();
+  constexpr int kRowWidth = (model::kHeads + 2 * model::kKvHeads) * kHeadDim;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int r = warp; r < 16; r += kWarps) {
+    const int row = u.row_tile * 16 + r, column = row / kGroup, head = u.kv_head * kGroup + row % kGroup;
+    u16* to = reinterpret_cast<u16*>(s.queries + r * kQueryStride);
+    if (column < plan.n_columns)
+      rotate_row(qkv + (u64)column * kRowWidth + head * kHeadDim, q_norm, args, plan.position + column, [&](int d, float v) { to[d] = rounded(v); });
+    else
+      for (int d = lane; d < kHeadDim; d += 32) to[d] = 0;
+  }
+  if (u.split != plan.splits - 1) return;
+  for (int i = threadIdx.x; i < kBlockBytes / 16; i += kConsumers) reinterpret_cast<uint4*>(s.fresh)[i] = make_uint4(0, 0, 0, 0);
+  sync_consumers();  // the block of fresh positions is zero
+  for (int column = warp; column < plan.n_columns; column += kWarps) {
+    const int position = plan.position + column;
+    const float* k = qkv + (u64)column * kRowWidth + (model::kHeads + u.kv_head) * kHeadDim;
+    const float* v = k + model::kKvHeads * kHeadDim;
+    u8* block = u.row_tile == 0 ? cache + block_offset(u.kv_head, position / 16, args.max_blocks) : nullptr;
+    const auto store = [&](int fresh_offset, int cache_offset, float value) {
+      const u16 bits = rounded(value);
+      *reinterpret_cast<u16*>(s.fresh + fresh_offset) = bits;
+      if (block) *reinterpret_cast<u16*>(block + cache_offset) = bits;
+    };
+    rotate_row(k, k_norm, args, position, [&](int d, float x) { store(k_offset(column, d), k_offset(position % 16, d), x); });
+    for (int d = lane; d < kHeadDim; d += 32) store(v_offset(column, d), v_offset(position % 16, d), ld_cg(v + d));
+  }
+}
+
+// What one warp knows of rows g and, where there are more than 8, g + 8: maximum, sum, weighted values.
+template <class Map>
+struct Running {
+  static constexpr int kHalves = Scratch<Map>::kRows > 8 ? 2 : 1;
+  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kHeadDim / 8][4] = {};
+};
+
+// One block of 16 positions. visible(row, position in block) masks.
+template <class Map, class Visible>
+__device__ __forceinline__ void attend(Running<Map>& run, const u8* block, Visible visible) {
+  constexpr int kHalves = Running<Map>::kHalves;
+  const u8* queries = Scratch<Map>::here().queries;
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  float score[2][4] = {};
+#pragma unroll
+  for (int d = 0; d < kHeadDim / 32; d++) {
+    const uint4 low = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
+    const uint4 high = kHalves == 1 ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(queries + (g + 8) * kQueryStride + d * 64 + q * 16);
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+      const uint4 k = *reinterpret_cast<const uint4*>(block + d * 1024 + (g / 2 * 4 + 2 * t + g % 2) * 64 + q * 16);
+      mma<kKvBf16>(score[t], {low.x, high.x, low.y, high.y}, k.x, k.y);
+      mma<kKvBf16>(score[t], {low.z, high.z, low.w, high.w}, k.z, k.w);
+    }
+  }
+  float weight[2][4] = {}, rescale[2] = {1, 1};
+#pragma unroll
+  for (int h = 0; h < kHalves; h++) {
+    float top = -kInfinity;
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float& s = score[t][2 * h + i];
+        s = visible(g + 8 * h, 4 * q + 2 * t + i) ? s * model::kScoreScale : -kInfinity;  // in powers of two
+        top = fmaxf(top, s);
+      }
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    const float maximum = fmaxf(run.maximum[h], top), base = maximum == -kInfinity ? 0.0f : maximum;
+    rescale[h] = ex2_approx(run.maximum[h] - base);
+    run.maximum[h] = maximum;
+    run.sum[h] *= rescale[h];
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        weight[t][2 * h + i] = ex2_approx(score[t][2 * h + i] - base);
+        run.sum[h] += weight[t][2 * h + i];
+      }
+  }
+  const Fragment p = {round_pair<kKvBf16>(weight[0][0], weight[0][1]), round_pair<kKvBf16>(weight[0][2], weight[0][3]),
+                      round_pair<kKvBf16>(weight[1][0], weight[1][1]), round_pair<kKvBf16>(weight[1][2], weight[1][3])};
+#pragma unroll
+  for (int d = 0; d < kHeadDim / 16; d++) {
+    const uint4 v = *reinterpret_cast<const uint4*>(block + kHalfBytes + d * 512 + lane * 16);
+#pragma unroll
+    for (int i = 0; i < 2 * kHalves; i++) run.out[2 * d][i] *= rescale[i / 2], run.out[2 * d + 1][i] *= rescale[i / 2];
+    mma<kKvBf16>(run.out[2 * d], p, v.x, v.y);
+    mma<kKvBf16>(run.out[2 * d + 1], p, v.z, v.w);
+  }
+}
+
+// Writes what this warp knows into a slot, merged with what an earlier round left there.
+template <class Map>
+__device__ __forceinline__ void leave(Running<Map>& run, int slot, bool merge) {
+  const Scratch<Map> s = Scratch<Map>::here();
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int h = 0; h < Running<Map>::kHalves; h++) {
+    float sum = run.sum[h];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const int row = slot * Scratch<Map>::kRows + g + 8 * h;
+    const bool used = g + 8 * h < Scratch<Map>::kRows;
+    float top = run.maximum[h], mine = 1, other = 0;
+    if (used && merge) {
+      const float theirs = s.sums[row * 2], base = fmaxf(top, theirs);
+      if (base != -kInfinity) mine = ex2_approx(top - base), other = ex2_approx(theirs - base);
+      sum = sum * mine + s.sums[row * 2 + 1] * other;
+      top = base;
+    }
+    __syncwarp();  // all lanes of the row have read its sums
+    if (!used) continue;
+    float* at = s.outputs + row * kHeadDim + 2 * q;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 8; d++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) at[d * 8 + i] = run.out[d][2 * h + i] * mine + (merge ? at[d * 8 + i] * other : 0.0f);
+    if (q == 0) s.sums[row * 2] = top, s.sums[row * 2 + 1] = sum;
+  }
+}
+
+// This warp's part of the unit: its chunks of the past and, for warp 0 of the last split, the fresh positions.
+template <class Map>
+__device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const Unit& u, int window) {
+  const Scratch<Map> s = Scratch<Map>::here();
+  Running<Map> run;
+  const auto column_of = [&](int row) { return (u.row_tile * 16 + row) / kGroup; };
+  const int begin = plan.split_begin(u.split), end = plan.split_begin(u.split + 1);
+  consumer.take(ceil_div(end - begin, kChunkBlocks), [&](int i, const u8* data) {
+    for (int b = 0; b < smaller(kChunkBlocks, end - begin - i * kChunkBlocks); b++) {
+      const int first = (begin + i * kChunkBlocks + b) * 16;
+      attend(run, data + b * kBlockBytes, [&](int row, int offset) {
+        const int position = first + offset;
+        return position < plan.position && (!window || position > plan.position + column_of(row) - window);
+      });
+    }
+  });
+  if (threadIdx.x < 32 && u.split == plan.splits - 1)
+    attend(run, s.fresh, [&](int row, int offset) {
+      const int column = column_of(row);
+      return offset <= column && offset < plan.n_columns && (!window || offset > column - window);
+    });
+  for (int round = 0; round < kWarps / Map::kSlots; round++) {
+    if (threadIdx.x / 32 / Map::kSlots == round) leave<Map>(run, threadIdx.x / 32 % Map::kSlots, round > 0);
+    sync_consumers();  // publishes this round's slots
+  }
+}
+
+// A partial result over part of the past: maximum, sum, and the weighted values of one dim.
+struct Part {
+  float maximum = -kInfinity, sum = 0, value = 0;
+  __device__ __forceinline__ void add(float other_maximum, float other_sum, float other_value) {
+    const float top = fmaxf(maximum, other_maximum);
+    if (top == -kInfinity) return;
+    const float mine = ex2_approx(maximum - top), other = ex2_approx(other_maximum - top);
+    maximum = top;
+    sum = sum * mine + other_sum * other;
+    value = value * mine + other_value * other;
+  }
+};
+
+// Rows of the unit over all slots; put(row, dim, part).
+template <class Map, class Put>
+__device__ __forceinline__ void combine_slots(int rows, Put put) {
+  const Scratch<Map> s = Scratch<Map>::here();
+  for (int i = threadIdx.x; i < rows * kHeadDim; i += kConsumers) {
+    const int row = i / kHeadDim, d = i % kHeadDim;
+    Part part;
+    for (int slot = 0; slot < Map::kSlots; slot++) {
+      const int at = slot * Scratch<Map>::kRows + row;
+      part.add(s.sums[at * 2], s.sums[at * 2 + 1], s.outputs[at * kHeadDim + d]);
+    }
+    put(row, d, part);
+  }
+}
+
+// Attention's phase. out: 16-bit [n_columns][n_heads * head_dim], of the type that wo multiplies with.
+template <class Map, bool kOutBf16>
+__device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, int window, const StepArgs& args, const float* qkv,
+                    const float* q_norm, const float* k_norm, u8* cache, float* partials, u32* arrivals, u16* out) {
+  const Deal::Share share = deal.take(plan.units());
+  const Scratch<Map> s = Scratch<Map>::here();
+  for (int i = 0; i < share.count; i++) {
+    const int index = share.first + i * gridDim.x;
+    const Unit u = unit_of(plan, index);
+    const int rows = smaller(16, kGroup * plan.n_columns - u.row_tile * 16);
+    const auto finish = [&](int row, int d, const Part& part) {
+      const int global = u.row_tile * 16 + row, column = global / kGroup, head = u.kv_head * kGroup + global % kGroup;
+      out[((u64)column * model::kHeads + head) * kHeadDim + d] = (u16)round_pair<kOutBf16>(part.value / part.sum, 0.0f);
+    };
+    sync_consumers();  // shared memory of the previous unit is free
+    prepare(plan, u, args, qkv, q_norm, k_norm, cache);
+    sync_consumers();  // publishes queries and fresh positions to the block's consumers
+    attend_all(consumer, plan, u, window);
+    if (plan.splits == 1) {
+      combine_slots<Map>(rows, finish);
+      continue;
+    }
+    // partials: [kv head][row tile][split][16][head_dim + 2]
+    constexpr int kRow = kHeadDim + 2;
+    const int team = u.kv_head * plan.row_tiles + u.row_tile;
+    float* mine = partials + ((u64)team * plan.splits + u.split) * 16 * kRow;
+    combine_slots<Map>(rows, [&](int row, int d, const Part& part) {
+      mine[row * kRow + 2 + d] = part.value;
+      if (d == 0) mine[row * kRow] = part.maximum, mine[row * kRow + 1] = part.sum;
+    });
+    sync_consumers();  // the block's part is complete
+    u32* last = reinterpret_cast<u32*>(s.queries);
+    if (threadIdx.x == 0) {
+      *last = atom_add_acq_rel_gpu(arrivals + team, 1) == (u32)plan.splits - 1;  // publishes it, and sees the others'
+      if (*last) arrivals[team] = 0;
+    }
+    sync_consumers();  // publishes who combines
+    if (!*last) continue;
+    const float* parts = partials + (u64)team * plan.splits * 16 * kRow;
+    for (int j = threadIdx.x; j < rows * kHeadDim; j += kConsumers) {
+      const int row = j / kHeadDim, d = j % kHeadDim;
+      Part part;
+      for (int split = 0; split < plan.splits; split++) {
+        const float* p = parts + (split * 16 + row) * kRow;
+        part.add(ld_cg(p), ld_cg(p + 1), ld_cg(p + 2 + d));
+      }
+      finish(row, d, part);
+    }
+  }
+}
+}  // namespace attention

@@ -1,0 +1,177 @@
+// y = W x for 1 to kColumns columns of x: the row blocks of W are dealt to the blocks of the grid, the
+// columns of W to the warps of a block, whose partial sums meet in shared memory.
+#pragma once
+#include "dequant.cuh"
+#include "pipeline.cuh"
+
+// Row blocks of a matrix that are this block's: first, first + gridDim.x, ... The deal goes on from
+// matrix to matrix, so that remainders even out over the step.
+struct Deal {
+  u32 start = 0;  // the block that gets the next row block
+  struct Share { int first, count; };
+  __device__ __forceinline__ Share take(int row_blocks) {
+    const int first = (blockIdx.x + gridDim.x - start) % gridDim.x;
+    start = (start + row_blocks) % gridDim.x;
+    return {first, first < row_blocks ? (row_blocks - first + int(gridDim.x) - 1) / int(gridDim.x) : 0};
+  }
+};
+
+// How a matrix is walked: windows of row blocks whose partial sums fit in shared memory, in each window
+// panels of columns whose activations fit, in each panel row block after row block.
+template <class Map, Matrix m>
+struct Walk {
+  static constexpr int kPanelTiles = Map::kPanelCols / m.tile_cols() < m.tiles() ? Map::kPanelCols / m.tile_cols() : m.tiles();
+  static constexpr int kPanels = ceil_div(m.tiles(), kPanelTiles);
+  static __device__ __forceinline__ int tiles(int panel) { return smaller(kPanelTiles, m.tiles() - panel * kPanelTiles); }
+  static __device__ __forceinline__ int chunks(int panel) { return ceil_div(tiles(panel), m.chunk_tiles); }
+};
+
+template <class Map, Matrix m>
+__device__ void stream_matrix(Producer<Map>& producer, Deal& deal, const u8* weights) {
+  using W = Walk<Map, m>;
+  const Deal::Share share = deal.take(m.row_blocks());
+  for (int window = 0; window < share.count; window += Map::kWindow)
+    for (int panel = 0; panel < W::kPanels; panel++)
+      for (int b = window; b < smaller(window + Map::kWindow, share.count); b++) {
+        const u8* src = weights + (u64)(share.first + b * gridDim.x) * m.row_block_bytes() + (u64)panel * W::kPanelTiles * m.tile_bytes();
+        for (int left = W::tiles(panel); left > 0; left -= m.chunk_tiles, src += m.chunk_tiles * m.tile_bytes())
+          producer.copy(src, smaller(left, m.chunk_tiles) * m.tile_bytes());
+      }
+}
+
+// Activations of one panel in shared memory.
+template <class Map>
+struct Columns {
+  static constexpr int kColumns = Map::kColumns;
+  u8* x;        // [kColumns][kPanelCols] 16-bit, a column's stride is Map::kColumnStride bytes
+  float* sums;  // [kColumns][kPanelCols / 32] sums over groups
+  static __device__ __forceinline__ Columns here() {
+    u8* scratch = Shared<Map>::scratch();
+    return {scratch, reinterpret_cast<float*>(scratch + Map::kSums)};
+  }
+  __device__ __forceinline__ float* sum(int column) const { return sums + column * (Map::kPanelCols / 32); }
+};
+
+// acc[16 rows x 8 columns] += one tile times its columns of x. acc is in units that finish() restores.
+template <class Map, Matrix m>
+__device__ __forceinline__ void multiply_tile(float (&acc)[4], float (&bias_acc)[4], const u8* tile, const u8* x, const float* sums0,
+                                              const float* sums1) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (m.group == 0) {
+    const uint4* rows = reinterpret_cast<const uint4*>(tile);
+    const uint4 lo = rows[lane], hi = rows[32 + lane], b = *reinterpret_cast<const uint4*>(x);
+    mma<m.bf16()>(acc, {lo.x, hi.x, lo.y, hi.y}, b.x, b.y);
+    mma<m.bf16()>(bias_acc, {lo.z, hi.z, lo.w, hi.w}, b.z, b.w);
+  } else {
+    constexpr int kSlices = m.group / 32;  // 32-column slices of a group
+    const uint4* codes = reinterpret_cast<const uint4*>(tile) + lane;
+    uint4 w;  // of two slices (int4) or one
+#pragma unroll
+    for (int group = 0; group < m.tile_cols() / m.group; group++) {
+      float even[4] = {}, odd[4] = {};
+#pragma unroll
+      for (int i = 0; i < kSlices; i++) {
+        const int slice = group * kSlices + i;
+        const uint4 b = *reinterpret_cast<const uint4*>(x + slice * 64);
+        if constexpr (m.type == Type::kInt4) {
+          if (slice % 2 == 0) w = codes[slice / 2 * 32];
+          mma<false>(even, int4_fragment(slice % 2 ? w.z : w.x), b.x, b.y);
+          mma<false>(odd, int4_fragment(slice % 2 ? w.w : w.y), b.z, b.w);
+        } else {
+          w = codes[slice * 32];
+          constexpr bool kInt = m.type == Type::kInt8;
+          mma<false>(even, kInt ? int8_fragment(w.x, w.z) : fp8_fragment(w.x, w.z), b.x, b.y);
+          mma<false>(odd, kInt ? int8_fragment(w.y, w.w) : fp8_fragment(w.y, w.w), b.z, b.w);
+        }
+      }
+      const u8* scales = tile + m.code_bytes() + group * (m.type == Type::kInt4 ? 64 : 32);
+      float s0, s1, t0 = 0, t1 = 0;
+      if constexpr (m.type == Type::kInt4) {
+        const uint2 v = *reinterpret_cast<const uint2*>(scales + lane / 4 * 8);
+        s0 = cvt_f32_f16(v.x & 0xffff), t0 = cvt_f32_f16(v.x >> 16), s1 = cvt_f32_f16(v.y & 0xffff), t1 = cvt_f32_f16(v.y >> 16);
+      } else {
+        const u32 v = *reinterpret_cast<const u32*>(scales + lane / 4 * 4);
+        s0 = cvt_f32_f16(v & 0xffff), s1 = cvt_f32_f16(v >> 16);
+        if constexpr (m.type == Type::kInt8) t0 = -128.0f * s0, t1 = -128.0f * s1;
+      }
+#pragma unroll
+      for (int c = 0; c < (Map::kColumns == 1 ? 1 : 2); c++) {
+        acc[c] += s0 * (even[c] + odd[c]);
+        acc[2 + c] += s1 * (even[2 + c] + odd[2 + c]);
+        if constexpr (m.has_sums()) {
+          const float sum = (c ? sums1 : sums0)[group];
+          bias_acc[c] += t0 * sum;
+          bias_acc[2 + c] += t1 * sum;
+        }
+      }
+    }
+  }
+}
+
+template <Matrix m>
+__device__ __forceinline__ float finish(float acc, float bias_acc, bool high_row) {
+  if constexpr (m.type == Type::kInt4) return acc * (high_row ? kSubnormal / 16 : kSubnormal) + bias_acc;
+  else if constexpr (m.type == Type::kInt8) return acc * kSubnormal + bias_acc;
+  else return acc + bias_acc;
+}
+
+// One chunk of one row block, added to this warp's partial sums [16 rows][kColumns].
+template <class Map, Matrix m>
+__device__ __forceinline__ void multiply_chunk(float* partial, const u8* tiles, int first_tile, int count) {
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const Columns<Map> columns = Columns<Map>::here();
+  const int column = Map::kColumns == 1 ? 0 : g;  // with one column all eight columns of the mma are that one
+  const u8* x = columns.x + column * Map::kColumnStride + first_tile * m.tile_cols() * 2 + q * 16;
+  constexpr int kTileGroups = m.group ? m.tile_cols() / m.group : 0;
+  const float* sums0 = columns.sum(Map::kColumns == 1 ? 0 : 2 * q) + first_tile * kTileGroups;
+  const float* sums1 = columns.sum(Map::kColumns == 1 ? 0 : 2 * q + 1) + first_tile * kTileGroups;
+  float acc[4] = {}, bias_acc[4] = {};
+  constexpr int kUnroll = Map::kColumns == 1 ? 4 : 2;
+#pragma unroll kUnroll
+  for (int t = 0; t < count; t++)
+    multiply_tile<Map, m>(acc, bias_acc, tiles + t * m.tile_bytes(), x + t * m.tile_cols() * 2, sums0 + t * kTileGroups, sums1 + t * kTileGroups);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = g + i / 2 * 8, col = Map::kColumns == 1 ? 0 : 2 * q + i % 2;
+    if (Map::kColumns == 1 && (q != 0 || i % 2)) continue;
+    partial[row * Map::kColumns + col] += finish<m>(acc[i], bias_acc[i], i / 2);
+  }
+}
+
+// The consumers' half of a matrix product. load_panel(panel) brings activations into shared memory (and
+// synchronises); use(row, column, low, high) receives rows `row` and `row + 8` of W x.
+template <class Map, Matrix m, class LoadPanel, class Use>
+__device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& deal, int n_columns, LoadPanel load_panel, Use use) {
+  using W = Walk<Map, m>;
+  const Deal::Share share = deal.take(m.row_blocks());
+  float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + Map::kPartials);  // [kWindow][kWarps][16][kColumns]
+  constexpr int kSlot = 16 * Map::kColumns;
+  if (W::kPanels == 1) load_panel(0);
+  for (int window = 0; window < share.count; window += Map::kWindow) {
+    const int blocks = smaller(Map::kWindow, share.count - window);
+    float* mine = partials + threadIdx.x / 32 * kSlot;
+    for (int i = threadIdx.x % 32; i < blocks * kSlot; i += 32) mine[i / kSlot * kWarps * kSlot + i % kSlot] = 0;
+    __syncwarp();
+    for (int panel = 0; panel < W::kPanels; panel++) {
+      if (W::kPanels > 1) load_panel(panel);
+      const int chunks = W::chunks(panel), tiles = W::tiles(panel);
+      consumer.take(blocks * chunks, [&](int i, const u8* data) {
+        const int first = i % chunks * m.chunk_tiles;
+        multiply_chunk<Map, m>(mine + i / chunks * kWarps * kSlot, data, first, smaller(m.chunk_tiles, tiles - first));
+        __syncwarp();
+      });
+    }
+    sync_consumers();  // publishes the partial sums to the block's consumers
+    for (int i = threadIdx.x; i < blocks * 8 * n_columns; i += kConsumers) {
+      const int b = i / (8 * n_columns), g = i / n_columns % 8, column = i % n_columns;
+      float low = 0, high = 0;
+      for (int w = 0; w < kWarps; w++) {
+        const float* slot = partials + (b * kWarps + w) * kSlot + g * Map::kColumns + column;
+        low += slot[0];
+        high += slot[8 * Map::kColumns];
+      }
+      use((share.first + (window + b) * int(gridDim.x)) * 16 + g, column, low, high);
+    }
+    sync_consumers();  // the partial sums may be overwritten
+  }
+}

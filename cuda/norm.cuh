@@ -1,0 +1,128 @@
+// Bringing activations into shared memory: from the fp32 residual through RMSNorm, or as the 16-bit
+// vectors that attention and SwiGLU left behind. Every block loads all columns for itself.
+#pragma once
+#include "matvec.cuh"
+
+#define kInfinity __int_as_float(0x7f800000)
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int i = 16; i; i /= 2) v += __shfl_xor_sync(0xffffffffu, v, i);
+  return v;
+}
+
+// Eight activations of one column, rounded, with the sum over each group for integer weights.
+// All lanes of a warp call it with consecutive k8; columns past the matrix hold zeros.
+template <class Map, Matrix m>
+__device__ __forceinline__ void put_rounded(int column, int k8, int end8, uint4 v) {
+  const Columns<Map> columns = Columns<Map>::here();
+  if (k8 < end8) *reinterpret_cast<uint4*>(columns.x + column * Map::kColumnStride + k8 * 16) = v;
+  if constexpr (m.has_sums()) {
+    float sum = 0;
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum += low_half<false>(words[i]) + high_half<false>(words[i]);
+#pragma unroll
+    for (int i = 1; i < m.group / 8; i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    if (k8 < end8 && k8 % (m.group / 8) == 0) columns.sum(column)[k8 * 8 / m.group] = sum;
+  }
+}
+
+template <bool kBf16>
+__device__ __forceinline__ uint4 round_8(const float (&v)[8]) {
+  return make_uint4(round_pair<kBf16>(v[0], v[1]), round_pair<kBf16>(v[2], v[3]), round_pair<kBf16>(v[4], v[5]), round_pair<kBf16>(v[6], v[7]));
+}
+
+__device__ __forceinline__ void load_8(const float* at, float (&v)[8]) {
+  const uint4 a = ld_cg(reinterpret_cast<const uint4*>(at)), b = ld_cg(reinterpret_cast<const uint4*>(at) + 1);
+  const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] = __uint_as_float(words[i]);
+}
+
+// Which vectors of 8 belong to a thread: with one column the whole block shares it, with several each
+// warp has columns of its own.
+template <class Map>
+struct LoadShare {
+  static constexpr int kThreads = Map::kColumns == 1 ? kConsumers : 32;
+  static constexpr int kTeams = kConsumers / kThreads;
+  static __device__ __forceinline__ int thread() { return threadIdx.x % kThreads; }
+  static __device__ __forceinline__ int team() { return threadIdx.x / kThreads; }
+};
+
+// 16-bit activations [columns][m.cols] from global memory; their type is what m multiplies with.
+template <class Map, Matrix m>
+__device__ void load_rounded(const u8* source, int n_columns, int panel) {
+  using S = LoadShare<Map>;
+  using W = Walk<Map, m>;
+  const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
+  sync_consumers();  // nobody reads the previous activations any more
+  for (int column = S::team(); column < n_columns; column += S::kTeams)
+    for (int k8 = S::thread(); k8 < ceil_div(end8, 32) * 32; k8 += S::kThreads) {
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (begin8 + k8 < m.cols / 8 && k8 < end8) v = ld_cg(reinterpret_cast<const uint4*>(source) + (u64)column * (m.cols / 8) + begin8 + k8);
+      put_rounded<Map, m>(column, k8, end8, v);
+    }
+  sync_consumers();  // publishes the activations to the block's consumers
+}
+
+// read(column, k8, v) yields eight fp32 values of the residual.
+template <class Map, class Read>
+__device__ float rms_scale(int column, Read read) {
+  using S = LoadShare<Map>;
+  float squares = 0;
+  for (int k8 = S::thread(); k8 < model::kDim / 8; k8 += S::kThreads) {
+    float v[8];
+    read(column, k8, v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) squares += v[i] * v[i];
+  }
+  squares = warp_sum(squares);
+  if constexpr (S::kThreads > 32) {
+    float* warps = reinterpret_cast<float*>(Shared<Map>::scratch() + Map::kReduce);  // [kWarps]
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = squares;
+    sync_consumers();  // publishes the warps' sums
+    squares = 0;
+    for (int w = 0; w < kWarps; w++) squares += warps[w];
+  }
+  return rsqrtf(squares / model::kDim + model::kNormEps);
+}
+
+// RMSNorm(residual) * weight, rounded for m.
+template <class Map, Matrix m, class Read>
+__device__ void load_normed(const float* weight, int n_columns, int panel, Read read) {
+  using S = LoadShare<Map>;
+  using W = Walk<Map, m>;
+  constexpr int kEnd8 = model::kDim / 8;
+  const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
+  sync_consumers();  // nobody reads the previous activations any more
+  for (int column = S::team(); column < n_columns; column += S::kTeams) {
+    const float scale = rms_scale<Map>(column, read);
+    for (int k8 = S::thread(); k8 < ceil_div(end8, 32) * 32; k8 += S::kThreads) {
+      float v[8] = {};
+      if (begin8 + k8 < kEnd8 && k8 < end8) {
+        read(column, begin8 + k8, v);
+        const float4* w = reinterpret_cast<const float4*>(weight) + (begin8 + k8) * 2;
+        const float4 w0 = w[0], w1 = w[1];
+        const float weights[8] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] *= scale * weights[i];
+      }
+      put_rounded<Map, m>(column, k8, end8, round_8<m.bf16()>(v));
+    }
+  }
+  sync_consumers();  // publishes the activations to the block's consumers
+}
+
+// This block's part of the residual [n_columns][dim], from read(column, k8, v).
+template <class Map, class Read>
+__device__ void store_share(float* residual, int n_columns, Read read) {
+  constexpr int kVectors = model::kDim / 8;
+  for (int i = blockIdx.x * kConsumers + threadIdx.x; i < n_columns * kVectors; i += gridDim.x * kConsumers) {
+    float v[8];
+    read(i / kVectors, i % kVectors, v);
+    float4* at = reinterpret_cast<float4*>(residual + i * 8);
+    at[0] = make_float4(v[0], v[1], v[2], v[3]);
+    at[1] = make_float4(v[4], v[5], v[6], v[7]);
+  }
+}

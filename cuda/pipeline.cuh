@@ -1,0 +1,120 @@
+// The weight stream: one producer warp fills a ring of stages in shared memory for the whole step, and
+// each consumer warp empties the stages that are its own.
+//
+// Copies land out of order and a parity bit only tells neighbours apart: a warp that waits for a stage
+// must have seen that stage's previous copy itself. Map::kStages % kWarps == 0
+// gives every warp fixed stages.
+#pragma once
+#include "sync.cuh"
+
+
+
+template <class Map>
+struct Ring {
+  static_assert(Map::kStages % kWarps == 0, "a warp must own fixed stages, see above");
+  u64 full[Map::kStages];        // completes when a copy has landed
+  u64 empty[Map::kStages];       // completes when its warp has read it
+  u32 bytes[Map::kStages];       // the producer's note of each copy's size
+};
+
+template <class Map>
+struct Shared {
+  static __device__ __forceinline__ Ring<Map>& ring() { return *reinterpret_cast<Ring<Map>*>(dynamic_smem()); }
+  static __device__ __forceinline__ u8* stage(int s) { return dynamic_smem() + Map::kStageData + s * kStageBytes; }
+  static __device__ __forceinline__ u8* scratch() { return dynamic_smem() + Map::kScratch; }
+};
+
+template <class Map>
+__device__ __forceinline__ void init_ring(Ring<Map>& ring) {
+  for (int s = 0; s < Map::kStages; s++) {
+    mbarrier_init(&ring.full[s], kBulkCopy ? 1 : 32);
+    mbarrier_init(&ring.empty[s], 1);
+  }
+  fence_mbarrier_init();
+}
+
+__device__ __forceinline__ void wait_parity(u64* barrier, u32 parity, u32* alarm, u64 limit_ns, u32 chunk) {
+  if (mbarrier_try_wait_parity(barrier, parity)) return;
+  Patience patience(limit_ns);
+  while (!mbarrier_try_wait_parity(barrier, parity))
+    if (patience.over()) {
+      raise_alarm(alarm, kAlarmRing, chunk, parity, !parity);
+      return;
+    }
+}
+
+// The producer's side. All lanes of the warp call copy(); with bulk copies lane 0 does the work.
+template <class Map>
+struct Producer {
+  u32* alarm;
+  u64 limit_ns;
+  int stage = 0, oldest = 0;           // next stage to fill; oldest stage not known to have landed
+  u32 parity = 0, oldest_parity = 0;   // of those stages' current round
+  u32 issued = 0, landed = 0, in_flight_bytes = 0;
+
+  __device__ Producer(u32* alarm, u64 limit_ns) : alarm(alarm), limit_ns(limit_ns) {}
+
+  __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
+    Ring<Map>& ring = Shared<Map>::ring();
+    while (issued - landed == Map::kStages || (in_flight_bytes && in_flight_bytes + bytes > kInFlightBytes)) await_oldest(ring);
+    if (issued >= Map::kStages) wait_parity(&ring.empty[stage], parity ^ 1, alarm, limit_ns, issued);
+    if constexpr (!kBulkCopy) __syncwarp();  // no lane still reads the size that start() overwrites
+    start(ring, src, bytes);
+    in_flight_bytes += bytes;
+    issued++;
+    if (++stage == Map::kStages) { stage = 0; parity ^= 1; }
+  }
+
+  // A block must not exit while copies into its shared memory are on their way.
+  __device__ __forceinline__ void drain() {
+    while (in_flight_bytes) await_oldest(Shared<Map>::ring());
+  }
+
+ private:
+  __device__ __forceinline__ void await_oldest(Ring<Map>& ring) {
+    wait_parity(&ring.full[oldest], oldest_parity, alarm, limit_ns, issued);
+    in_flight_bytes -= ring.bytes[oldest];
+    landed++;
+    if (++oldest == Map::kStages) { oldest = 0; oldest_parity ^= 1; }
+  }
+  __device__ __forceinline__ void start(Ring<Map>& ring, const u8* src, u32 bytes) {
+    ring.bytes[stage] = bytes;
+    u8* dst = Shared<Map>::stage(stage);
+    if constexpr (kBulkCopy) {
+      mbarrier_arrive_expect_tx(&ring.full[stage], bytes);
+      cp_async_bulk(dst, src, bytes, &ring.full[stage]);
+    } else {
+      for (u32 i = threadIdx.x % 32 * 16; i < bytes; i += 512) cp_async_16(dst + i, src + i);
+      cp_async_mbarrier_arrive_noinc(&ring.full[stage]);
+    }
+  }
+};
+
+// A consumer warp's side: it takes every kWarps-th chunk of the step, in order.
+template <class Map>
+struct Consumer {
+  u32* alarm;
+  u64 limit_ns;
+  u32 begin = 0;        // index of the current phase's first chunk
+  u32 next;             // index of this warp's next chunk
+  int stage;            // where it lands
+  u32 parity = 0;
+
+  __device__ Consumer(u32* alarm, u64 limit_ns)
+      : alarm(alarm), limit_ns(limit_ns), next(threadIdx.x / 32), stage(threadIdx.x / 32) {}
+
+  // Calls use(i, data) for each of the next `count` chunks that is this warp's; i counts from 0.
+  template <class Use>
+  __device__ __forceinline__ void take(u32 count, Use use) {
+    const u32 end = begin + count;
+    for (; next < end; next += kWarps) {
+      Ring<Map>& ring = Shared<Map>::ring();
+      wait_parity(&ring.full[stage], parity, alarm, limit_ns, next);
+      use(int(next - begin), Shared<Map>::stage(stage));
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(&ring.empty[stage]);
+      if ((stage += kWarps) >= Map::kStages) { stage -= Map::kStages; parity ^= 1; }
+    }
+    begin = end;
+  }
+};

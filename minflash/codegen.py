@@ -1,0 +1,261 @@
+"""From a model's facts to the source of its kernel: constants, the launch arguments, one string.
+
+Each fact is stated once, here or in the weight file, and everything else is printed from it. The
+sources in ``cuda/`` are pasted into one string with ``#line`` directives, because CuPy's cache of
+compiled kernels does not look into included files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .config import ModelConfig
+from .errors import DeviceError
+from .packing import Layout
+from .resources import resource_dir
+from .tensors import expected_tensors
+from .tuning import MANY_COLUMNS, SharedMap, Tuning, chunk_tiles, shared_map
+
+KERNELS = ("step_one", "step_many")
+ALARM_GRID_BARRIER, ALARM_RING = 1, 2
+_ALIGN = 256  # bytes, of every tensor on the device
+_ABSENT = 0xFFFFFFFFFFFFFFFF
+_KINDS = {"bf16": "kBf16", "fp16": "kFp16", "fp8": "kFp8", "int8": "kInt8", "int4": "kInt4"}
+_LAYER_MATRICES = ("wqkv", "wo", "w_gate_up", "w_down")
+_LAYER_VECTORS = ("attn_norm", "wqkv_bias", "q_norm", "k_norm", "wo_bias", "ffn_norm", "w_gate_up_bias",
+                  "w_down_bias")  # fmt: skip
+
+
+def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
+    """The launch arguments of both kernels, laid out as C lays out a struct."""
+    fields = [
+        ("weights", "u8*"), ("kv_cache", "u8*"), ("workspace", "u8*"),
+        ("mailbox", "u64*"),  # host memory: ticket << 32 | token
+        ("alarm", "u32*"),  # host memory [8]: kind, block, phase, expected, seen
+        ("kv_layer_bytes", "u64"), ("watchdog_ns", "u64"), ("seed", "u64"),
+        ("top_p_exact", "double"),
+        ("rope_turns", "u64", (head_dim // 2,)),  # one position's advance, in 2^-64 turns
+        ("rope_scale", "float"), ("temperature", "float"), ("top_p", "float"), ("min_p", "float"),
+        ("tokens", "int", (MANY_COLUMNS,)),  # -1: the token that the previous launch chose
+        ("position", "int"),  # of tokens[0]
+        ("n_columns", "int"), ("max_blocks", "int"),  # blocks of 16 positions in the cache
+        ("head", "int"), ("logits", "int"), ("greedy", "int"), ("top_k", "int"),
+        ("barrier_base", "u32"),  # arrivals at the grid barrier before this launch
+        ("ticket", "u32"),
+    ]  # fmt: skip
+    columns = [(f[0], _NUMPY_TYPES[f[1]], *f[2:]) for f in fields]
+    metadata = {"c": [(f[1], f[0], f[2][0] if len(f) > 2 else 0) for f in fields]}
+    return np.dtype(np.dtype(columns, align=True), metadata=metadata)  # type: ignore[call-overload,no-any-return]
+
+
+_NUMPY_TYPES = {"u8*": "u8", "u64*": "u8", "u32*": "u8", "u64": "u8", "double": "f8", "float": "f4", "int": "i4",
+                "u32": "u4"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """Where each tensor lies in the weight arena; all layers are alike, ``layer_bytes`` apart."""
+
+    offsets: Mapping[str, int]
+    layers: int
+    layer_bytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model's kernels: what to compile and what a launch needs to know."""
+
+    source: str
+    weights: WeightMap
+    maps: Mapping[str, SharedMap]  # by kernel name
+    tuning: Tuning
+    args: np.dtype[np.void]
+    workspace: Mapping[str, int]  # offsets in bytes; "total" is the size
+    barriers: int  # grid barriers of one launch
+
+
+def generate(
+    config: ModelConfig, matrices: Mapping[str, Layout], tuning: Tuning, *, kv_type: str = "bf16"
+) -> Program:
+    """The program for a model. matrices: {name: Layout} as in a Checkpoint; kv_type: bf16 or fp16.
+
+    Raises DeviceError when the kernel cannot run this model, naming why.
+    """
+    _check(config, matrices)
+    layouts = {kind: matrices[f"layers.0.{kind}"] for kind in _LAYER_MATRICES}
+    layouts |= {"embed": matrices["embed"], "head": matrices["embed" if config.tied else "lm_head"]}
+    weights = weight_map(config, matrices)
+    maps = {
+        name: shared_map(config, layouts, tuning, columns)
+        for name, columns in zip(KERNELS, (1, MANY_COLUMNS), strict=True)
+    }
+    args = step_args_dtype(config.head_dim)
+    workspace = _workspace(config, tuning)
+    constants = "\n".join([
+        "#pragma once", '#include "tensor.cuh"',
+        _tuning_constants(tuning, maps), _model_constants(config, kv_type), _tensor_constants(config, layouts, weights, tuning),
+        _args_struct(args), *(_map_struct(n, m) for n, m in zip(("MapOne", "MapMany"), maps.values(), strict=True)),
+        _workspace_struct(workspace),
+    ])  # fmt: skip
+    source = join_sources(resource_dir("cuda"), "step.cu", {"config.cuh": constants})
+    return Program(source, weights, maps, tuning, args, workspace, 5 * config.n_layers)
+
+
+def join_sources(folder: Path, root: str, generated: Mapping[str, str]) -> str:
+    """``root`` with every ``#include "..."`` of the folder pasted in once, and ``#line`` around it."""
+    seen: set[str] = set()
+
+    def paste(name: str) -> str:
+        seen.add(name)
+        text = generated[name] if name in generated else (folder / name).read_text(encoding="utf-8")
+        lines = [f'#line 1 "{name}"']
+        for number, line in enumerate(text.splitlines(), 1):
+            include = re.fullmatch(r'#include "(\w+\.cuh)"', line)
+            if include and include[1] not in seen:
+                lines += [paste(include[1]), f'#line {number + 1} "{name}"']
+            else:
+                lines.append("" if include or line == "#pragma once" else line)
+        return "\n".join(lines)
+
+    return paste(root) + "\n"
+
+
+def weight_map(config: ModelConfig, matrices: Mapping[str, Layout]) -> WeightMap:
+    """Offsets of all tensors in the arena, in file order, each aligned to 256 bytes."""
+    sizes = {name: _tensor_bytes(name, shape, matrices) for name, shape in expected_tensors(config).items()}
+    offsets, end = {}, 0
+    for name, nbytes in sizes.items():
+        offsets[name] = end
+        end += -(-nbytes // _ALIGN) * _ALIGN
+    first = offsets["layers.0.attn_norm"]
+    after = offsets["layers.1.attn_norm"] if config.n_layers > 1 else offsets["final_norm"]
+    return WeightMap(offsets, first, after - first, end)
+
+
+def _tensor_bytes(name: str, shape: tuple[int, ...], matrices: Mapping[str, Layout]) -> int:
+    layout = matrices.get(name)
+    return 4 * shape[0] if layout is None else layout.row_blocks * layout.row_block_bytes
+
+
+def _check(config: ModelConfig, matrices: Mapping[str, Layout]) -> None:
+    if config.head_dim not in (64, 96, 128):
+        raise DeviceError(f"the kernel supports head_dim 64, 96 and 128, this model has {config.head_dim}; use device='cpu'")
+    for key in ("dim", "hidden_dim"):
+        if getattr(config, key) % 32:
+            raise DeviceError(f"the kernel needs {key} to be a multiple of 32, found {getattr(config, key)}; use device='cpu'")
+    for name, layout in matrices.items():
+        if layout.type not in _KINDS:
+            raise DeviceError(f"tensor {name} has type {layout.type}; the kernel supports {', '.join(_KINDS)}: convert with --quant")
+        kind = name.rpartition(".")[2]
+        if name.startswith("layers.") and layout != matrices[f"layers.0.{kind}"]:
+            raise DeviceError(f"tensor {name} is stored differently from layer 0's; the kernel needs all layers alike: convert with --quant")
+
+
+def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
+    return "\n".join([
+        f"constexpr int kWarps = {tuning.warps}, kConsumers = {32 * tuning.warps}, kThreads = {32 * tuning.warps + 32};",
+        f"constexpr int kStageBytes = {tuning.stage_bytes}, kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
+        f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",
+        f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)};",
+        f"constexpr u32 kAlarmGridBarrier = {ALARM_GRID_BARRIER}, kAlarmRing = {ALARM_RING};",
+    ])  # fmt: skip
+
+
+def _model_constants(config: ModelConfig, kv_type: str) -> str:
+    scale = np.float32(np.log2(np.e) / np.sqrt(config.head_dim))
+    windows = sorted(set(config.windows))
+    table, window = "", f"return {windows[0]};"
+    if len(windows) > 1:
+        table = f"__device__ constexpr int kWindows[] = {{{', '.join(map(str, config.windows))}}};"
+        window = "return kWindows[layer];"
+    return f"""constexpr bool kKvBf16 = {_bool(kv_type == "bf16")};
+namespace model {{
+constexpr int kDim = {config.dim}, kHiddenDim = {config.hidden_dim}, kHeadDim = {config.head_dim}, kLayers = {config.n_layers};
+constexpr int kHeads = {config.n_heads}, kKvHeads = {config.n_kv_heads}, kVocab = {config.vocab_size};
+constexpr float kNormEps = {np.float32(config.norm_eps)!s}f, kScoreScale = {scale!s}f;
+constexpr bool kQkNorm = {_bool(config.qk_norm)};
+{table}
+__device__ constexpr int window([[maybe_unused]] int layer) {{ {window} }}
+}}
+constexpr int kMaxTeams = {_max_teams(config)};"""
+
+
+def _tensor_constants(
+    config: ModelConfig, layouts: Mapping[str, Layout], weights: WeightMap, tuning: Tuning
+) -> str:
+    names = {"embed": "embed", "head": "embed" if config.tied else "lm_head"}
+    lines = [f"constexpr u64 kAbsent = {_ABSENT}ull, kLayers = {weights.layers}ull, kLayerBytes = {weights.layer_bytes}ull;"]
+    for kind, layout in layouts.items():
+        base = weights.offsets[names[kind]] if kind in names else weights.offsets[f"layers.0.{kind}"] - weights.layers
+        lines.append(
+            f"constexpr Matrix {kind}{{{base}ull, {layout.rows}, {layout.cols}, Type::{_KINDS[layout.type]}, "
+            f"{layout.group_size}, {chunk_tiles(layout, tuning)}}};"
+        )
+    for kind in _LAYER_VECTORS:
+        name = f"layers.0.{kind}"
+        offset = weights.offsets[name] - weights.layers if name in weights.offsets else _ABSENT
+        lines.append(f"constexpr u64 {kind} = {offset}ull;")
+    lines.append(f"constexpr u64 final_norm = {weights.offsets['final_norm']}ull;")
+    return "namespace tensors {\n" + "\n".join(lines) + "\n}"
+
+
+def _args_struct(args: np.dtype[np.void]) -> str:
+    assert args.metadata is not None
+    members = [f"  {c_type} {name}{f'[{count}]' if count else ''};" for c_type, name, count in args.metadata["c"]]
+    check = f'static_assert(sizeof(StepArgs) == {args.itemsize}, "StepArgs differs from step_args_dtype");'
+    return "\n".join(["struct StepArgs {", *members, "};", check])
+
+
+def _map_struct(name: str, m: SharedMap) -> str:
+    return f"""struct {name} {{
+  static constexpr int kColumns = {m.columns}, kStages = {m.stages}, kPanelCols = {m.panel_cols}, kColumnStride = {m.column_stride};
+  static constexpr int kWindow = {m.window}, kSlots = {m.slots}, kStageData = {m.stage_data}, kScratch = {m.scratch};
+  static constexpr int kSums = {m.sums}, kPartials = {m.partials}, kReduce = {m.reduce}, kTotalBytes = {m.total_bytes};
+}};"""
+
+
+_WORKSPACE_TYPES = {"barrier": "u32", "abandoned": "u32", "next_token": "u32", "arrivals": "u32", "candidates": "struct Candidate",
+                    "residual": "float", "qkv": "float", "attended": "u16", "hidden": "u16", "logits": "float",
+                    "partials": "float"}  # fmt: skip
+
+
+def _max_teams(config: ModelConfig) -> int:
+    """KV heads times the most query row tiles of one step."""
+    group = config.n_heads // config.n_kv_heads
+    return config.n_kv_heads * -(-group * MANY_COLUMNS // 16)
+
+
+def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
+    """Offsets of the workspace's parts. Words that blocks spin on have lines of their own."""
+    qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    sizes = {
+        "barrier": 4, "abandoned": 4, "next_token": 4, "arrivals": 4 * (_max_teams(config) + 1),
+        "candidates": 8 * tuning.grid,
+        "residual": 4 * MANY_COLUMNS * config.dim, "qkv": 4 * MANY_COLUMNS * qkv,
+        "attended": 2 * MANY_COLUMNS * config.n_heads * config.head_dim,
+        "hidden": 2 * MANY_COLUMNS * config.hidden_dim,
+        "logits": 4 * MANY_COLUMNS * config.vocab_size,
+        "partials": 4 * tuning.grid * 16 * (config.head_dim + 2),
+    }  # fmt: skip
+    offsets, end = {}, 0
+    for name, nbytes in sizes.items():
+        offsets[name] = end
+        end += -(-nbytes // _ALIGN) * _ALIGN
+    return {**offsets, "total": end}
+
+
+def _workspace_struct(workspace: Mapping[str, int]) -> str:
+    members = [f"  {c_type}* {name};" for name, c_type in _WORKSPACE_TYPES.items()]
+    values = [f"{name}(({c_type}*)(base + {workspace[name]}))" for name, c_type in _WORKSPACE_TYPES.items()]
+    head = "  __device__ __forceinline__ explicit Workspace(u8* base)\n      : "
+    return "\n".join(["template <class Map>", "struct Workspace {", *members, head + ",\n        ".join(values) + " {}", "};"])
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"

@@ -1,0 +1,189 @@
+"""One model on one device: its arenas, and steps of the kernel over them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import rope
+from .checkpoint import Checkpoint
+from .codegen import ALARM_GRID_BARRIER, generate
+from .config import ModelConfig
+from .device import Device
+from .errors import ContextError, DeviceError
+from .sampling import Sampling
+from .tuning import MANY_COLUMNS, Tuning, choose
+
+CHAINED = -1  # the token that the launch before chose
+GREEDY = Sampling()
+_MAILBOX_SLOTS = 64
+_BLOCK_POSITIONS = 16
+_WATCHDOG_NS = 500_000_000
+_STALL_SECONDS = 5.0  # without a token before the stream is asked for errors
+
+
+def position_bytes(config: ModelConfig) -> int:
+    """Bytes of K and V of one position, all layers, 16 bits a value."""
+    return 4 * config.n_layers * config.n_kv_heads * config.head_dim
+
+
+class StepModel:
+    """Launches steps; knows nothing of text. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: Device,
+        max_context: int,
+        *,
+        kv_type: str | None = None,
+        tuning: Tuning | None = None,
+        watchdog_ns: int = _WATCHDOG_NS,
+    ) -> None:
+        """kv_type: "bf16" or "fp16"; None: what the layers' activations are rounded to."""
+        self.config, self.device, self.max_context = checkpoint.config, device, max_context
+        config = self.config
+        if kv_type is None:
+            kv_type = "bf16" if checkpoint.matrices["layers.0.wqkv"].type == "bf16" else "fp16"
+        tuning = tuning or choose(config, device.facts)
+        self.program = generate(config, checkpoint.matrices, tuning, kv_type=kv_type)
+        self._launch = device.build(self.program)
+        self._max_blocks = -(-max_context // _BLOCK_POSITIONS) + 1
+        kv_bytes = self._max_blocks * _BLOCK_POSITIONS * position_bytes(config)
+        self._require(self.program.weights.nbytes, kv_bytes, self.program.workspace["total"])
+        self.nbytes = self.program.weights.nbytes + kv_bytes + self.program.workspace["total"]
+        self._weights = device.allocate(self.program.weights.nbytes)
+        self._kv_cache = device.allocate(kv_bytes)
+        self._workspace = device.allocate(self.program.workspace["total"])
+        device.clear(self._kv_cache, kv_bytes)
+        device.clear(self._workspace, self.program.workspace["total"])
+        self._upload(checkpoint)
+        mailbox, self._mailbox_address = device.pinned(8 * _MAILBOX_SLOTS)
+        alarm, alarm_address = device.pinned(32)
+        self._mailbox, self._alarm = mailbox.view(np.uint64), alarm.view(np.uint32)
+        self._ticket = self._arrivals = 0
+        args = np.zeros((), self.program.args)
+        args["weights"], args["kv_cache"], args["workspace"] = self._weights, self._kv_cache, self._workspace
+        args["alarm"], args["watchdog_ns"] = alarm_address, watchdog_ns
+        args["kv_layer_bytes"] = kv_bytes // config.n_layers
+        args["max_blocks"] = self._max_blocks
+        self._args = args
+        self._set_rope(1)
+
+    def _require(self, weights: int, kv_cache: int, workspace: int) -> None:
+        free = self.device.free_bytes()
+        if weights + kv_cache + workspace <= free:
+            return
+        room = (free - weights - workspace) // position_bytes(self.config) - 2 * _BLOCK_POSITIONS
+        way_out = f"the largest context that fits is {room}" if room > 0 else "take a smaller model or --quant int4"
+        raise DeviceError(
+            f"the GPU has too little memory: needs {weights / 1e9:.2f} GB for weights, {kv_cache / 1e9:.2f} GB for "
+            f"a context of {self.max_context} positions and {workspace / 1e9:.2f} GB of workspace; {free / 1e9:.2f} GB "
+            f"are free; {way_out}"
+        )
+
+    def _upload(self, checkpoint: Checkpoint) -> None:
+        for name, offset in self.program.weights.offsets.items():
+            self.device.upload(self._weights + offset, checkpoint.raw(name))
+
+    def step(
+        self,
+        tokens: Sequence[int],
+        position: int,
+        *,
+        length: int | None = None,
+        head: bool = True,
+        logits: bool = False,
+        sampling: Sampling = GREEDY,
+    ) -> int:
+        """Launches one step and returns its ticket; does not wait.
+
+        tokens: 1 to 8 token ids at ``position`` and after it, or [CHAINED]. length: of the sequence that
+        RoPE is for (default: up to the last token). head: compute logits and choose a token. logits: keep
+        the logits of all columns. Raises ContextError past the end of the cache.
+        """
+        n = len(tokens)
+        if not 1 <= n <= MANY_COLUMNS:
+            raise AssertionError(f"a step takes 1 to {MANY_COLUMNS} tokens, not {n}")
+        if position + n > self.max_context:
+            raise ContextError(f"position {position + n - 1} is past the context of {self.max_context} positions")
+        self._set_rope(length or position + n)
+        self._ticket = (self._ticket + 1) & 0xFFFFFFFF
+        args = self._args
+        args["tokens"][:n] = tokens
+        args["position"], args["n_columns"] = position, n
+        args["head"], args["logits"] = head, logits
+        self._set_sampling(sampling)
+        args["ticket"] = self._ticket
+        args["mailbox"] = self._mailbox_address + 8 * (self._ticket % _MAILBOX_SLOTS)
+        args["barrier_base"] = self._arrivals & 0xFFFFFFFF
+        self._arrivals += self.program.barriers * self.program.tuning.grid
+        self._launch["step_one" if n == 1 else "step_many"](args)
+        return self._ticket
+
+    def token(self, ticket: int) -> int:
+        """Waits for the token that the step ``ticket`` chose. Raises DeviceError when a wait in it timed out."""
+        slot = ticket % _MAILBOX_SLOTS
+        deadline = time.monotonic() + _STALL_SECONDS
+        while int(self._mailbox[slot]) >> 32 != ticket or self._alarm[0]:
+            if self._alarm[0]:
+                self._report_alarm()
+            if time.monotonic() > deadline:
+                self.device.synchronize()  # raises what went wrong, if anything did
+                deadline = time.monotonic() + _STALL_SECONDS
+            time.sleep(0)  # lets other threads run
+        return int(self._mailbox[slot]) & 0xFFFFFFFF
+
+    def wait(self) -> None:
+        """Waits for all steps. Raises DeviceError when a wait in one timed out."""
+        self.device.synchronize()
+        if self._alarm[0]:
+            self._report_alarm()
+
+    def read_logits(self, n_columns: int) -> NDArray[np.float32]:
+        """Logits float32 [n_columns, vocab_size] of the last step with logits=True; waits for it."""
+        self.wait()
+        logits = np.empty((n_columns, self.config.vocab_size), np.float32)
+        self.device.download(self._workspace + self.program.workspace["logits"], logits)
+        return logits
+
+    def close(self) -> None:
+        """Gives back all memory of the device. May be called twice."""
+        self.device.synchronize()
+        self.device.release()
+
+    def _set_rope(self, length: int) -> None:
+        config = self.config
+        inverse, scaling = rope.frequencies(config.rope, config.head_dim, length, config.max_context)
+        self._args["rope_turns"] = np.array([int(math.ldexp(f / (2 * math.pi), 64)) for f in inverse], np.uint64)
+        self._args["rope_scale"] = scaling
+
+    def _set_sampling(self, sampling: Sampling) -> None:
+        args = self._args
+        args["greedy"], args["seed"] = sampling.greedy, sampling.seed or 0
+        args["temperature"] = sampling.temperature
+        args["top_k"], args["min_p"] = sampling.top_k, sampling.min_p
+        args["top_p"] = args["top_p_exact"] = sampling.top_p
+
+    def _report_alarm(self) -> None:
+        """Turns an alarm into an exception and makes the model usable again."""
+        kind, block, phase, expected, seen = (int(word) for word in self._alarm[:5])
+        self.device.synchronize()  # the abandoned step runs to its end on its own
+        self._alarm[:] = 0
+        self.device.clear(self._workspace, self.program.workspace["residual"])  # barrier, arrivals
+        self._arrivals = 0
+        what = "grid barrier" if kind == ALARM_GRID_BARRIER else "stage of the ring"
+        raise DeviceError(
+            f"a wait in the step kernel took longer than {int(self._args['watchdog_ns']) / 1e9:g} s: {what}, block {block}, "
+            f"phase {phase}, expected {expected}, seen {seen}; the step was abandoned, the model can be used again"
+        )
+
+
+def override(tuning: Tuning, **fields: int | bool) -> Tuning:
+    """The tuning with single fields replaced, for experiments and tests."""
+    return replace(tuning, **fields)  # type: ignore[arg-type]
