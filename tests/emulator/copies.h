@@ -102,8 +102,8 @@ static void issue(Block& b, const char* what, void* dst, const void* src, u32 by
 
 void copy_bulk(void* dst, const void* src, u32 bytes, u64* p) {
   as_mbarrier("cp_async_bulk", p);
-  TSAN(__tsan_release(p));
   issue(*block, "cp_async_bulk", dst, src, bytes, p);
+  TSAN(__tsan_release(p));
 }
 void copy_16(void* dst, const void* src) {
   issue(*block, "cp_async_16", dst, src, 16, nullptr);

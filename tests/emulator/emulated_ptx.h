@@ -149,6 +149,12 @@ double cos(double) noexcept;
 double fmod(double, double) noexcept;
 double sqrt(double) noexcept;
 double fabs(double) noexcept;
+double ceil(double) noexcept;
+double floor(double) noexcept;
+double exp(double) noexcept;
+double log(double) noexcept;
+float log10f(float) noexcept;
+float roundf(float) noexcept;
 }
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }

@@ -89,7 +89,10 @@ static void idle(Block& b) {
   b.quiet.store(true);
   if (++b.idle_rounds % 16 != 0) return (void)sched_yield();
   if (b.idle_rounds > 1024) usleep(100);
-  if (deadlocked(b)) b.launch.deadlock.store(true), b.launch.failed.store(true);
+  if (deadlocked(b)) {
+    b.launch.deadlock.store(true);
+    return b.launch.failed.store(true);
+  }
   wake_spinners(b, true);
   for (u32 w = 0; w < b.warps; w++) make_ready(b, w, b.waiting[w]);
 }
@@ -101,9 +104,9 @@ static Fiber* choose(Block& b) {
   const Fiber& me = self();
   if (b.launch.eager != 0 && !b.in_flight.empty() && b.random() < b.launch.eager && anyone_waits(b)) land_one(b);
   while (b.ready_warps == 0) {
+    if (b.launch.failed.load(std::memory_order_relaxed)) return nullptr;
     if (!b.in_flight.empty() && anyone_waits(b)) land_one(b);
     else if (!wake_spinners(b, false)) idle(b);
-    if (b.launch.failed.load(std::memory_order_relaxed)) return nullptr;
   }
   u32 warp = b.ready[me.warp] != 0 ? me.warp : pick(b, b.ready_warps, me.warp);
   u32 lane = pick(b, b.ready[warp], me.lane);
