@@ -16,9 +16,8 @@ import pytest
 from damages import CASES, MODEL, WQKV, Case, poke
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from weight_files import HF_CONFIG, Parts, write_model
+from weight_files import Parts, write_model
 
-from minflash import safetensors_file
 from minflash.checkpoint import SafetensorsFile, open_checkpoint
 from minflash.errors import MinflashError
 
@@ -63,10 +62,10 @@ def test_damaged(models: dict[bool, Path], tmp_path: Path, case: Case, traced: N
     shutil.copytree(models[case.sharded], folder)
     case.damage(folder)
     tracemalloc.reset_peak()
-    before, start = tracemalloc.get_traced_memory()[0], time.perf_counter()
+    before, start = tracemalloc.get_traced_memory()[0], time.process_time()
     with pytest.raises(MinflashError) as caught:
         read_everything(folder)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start  # of the processor: the machine may be busy
     peak = tracemalloc.get_traced_memory()[1] - before
     message = str(caught.value)
     assert str(folder) in message
@@ -77,7 +76,7 @@ def test_damaged(models: dict[bool, Path], tmp_path: Path, case: Case, traced: N
     assert seconds < 1 and peak < 50_000_000
 
 
-def test_damage_is_found_without_an_index_or_with(tmp_path: Path) -> None:
+def test_there_must_be_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path / "file", tmp_path / "a\0b"):
         if path.name == "file":
             path.write_text("x")
@@ -131,10 +130,6 @@ def test_foreign_headers(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(MinflashError, match="tensor 'a'"):
         SafetensorsFile(tmp_path / "x.safetensors")
-
-
-def test_limits_are_those_of_the_safetensors_library() -> None:
-    assert safetensors_file.MAX_HEADER_BYTES == 100_000_000
 
 
 # Random damage: opening and reading works or raises a MinflashError, nothing else.
@@ -202,8 +197,3 @@ def expect_no_surprise(model: Path, folder: Path, file: str, content: bytes) -> 
             read_everything(folder / "model")
     except MinflashError as error:
         assert str(folder) in str(error)
-
-
-def test_config_is_the_one_of_the_cases() -> None:
-    """The byte offsets above belong to this model."""
-    assert (HF_CONFIG["hidden_size"], HF_CONFIG["vocab_size"]) == (48, 37)
