@@ -34,7 +34,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[s
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MINFLASH_")}
     return {
         **kept,
-        "PYTHONPATH": str(ROOT),
         "MINFLASH_MODEL": str(model),
         "MINFLASH_DEVICE": "cpu",
         "MINFLASH_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),

@@ -388,6 +388,19 @@ def test_hugging_face_folder_is_converted_into_the_cache_once(source: Path, cach
     assert loading.model_folder(folder, progress=False) not in (first, int8)
 
 
+def test_gguf_file_gives_the_same_tokens(llm: LLM, cache: Path, tmp_path: Path) -> None:
+    from test_convert_gguf import write_gguf
+
+    path = tmp_path / "small model.gguf"
+    write_gguf(path, "llama2", lambda name: "BF16")
+    prompt = checkpoints.tokens("llama2")
+    expected = [chunk.token for chunk in llm.stream(prompt, max_tokens=6, ignore_eos=True)]
+    with minflash.load(str(path), device="cpu", progress=False) as model:
+        assert model.path is not None and model.path.parent == cache
+        tokens = [chunk.token for chunk in model.stream(prompt, max_tokens=6, ignore_eos=True)]
+    assert tokens == expected
+
+
 def test_converted_folder_cannot_be_quantized_again(converted: Path) -> None:
     with pytest.raises(ArgumentError, match="already converted"):
         minflash.load(converted, quantize="int4")
