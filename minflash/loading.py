@@ -18,7 +18,6 @@ from .sampling import Sampling
 _GGUF_MAGIC = b"GGUF"
 _SOURCE_FILES = ("*.safetensors", "*.json", "*.jinja")  # what a conversion reads of a folder
 
-
 _LOAD_ARGUMENTS = ("device", "quantize", "group_size", "max_context", "progress")
 
 
