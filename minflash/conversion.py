@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +107,6 @@ class Conversion:
 
     def run(self, out: Path, overwrite: bool) -> Path:
         """Writes the model to ``out``, which appears only when it is complete."""
-        self._report_notes()
         files = self.source.files()
         vectors = {
             target.name: target.shape[0] for target in self.targets if len(target.shape) == 1
@@ -120,6 +119,7 @@ class Conversion:
             ThreadPoolExecutor(_workers()) as pool,
             self._bar() as bar,
         ):
+            self._report_notes(files)  # once it is known that ``out`` is free
             for target in self.targets:
                 if target.name in vectors:
                     writer.write_vector(target.name, self._vector(target))
@@ -213,7 +213,9 @@ class Conversion:
         quiet = not self.progress or not sys.stderr.isatty()
         return tqdm(total=total, unit="w", unit_scale=True, desc="converting", disable=quiet)
 
-    def _report_notes(self) -> None:
+    def _report_notes(self, files: Mapping[str, object]) -> None:
+        if "tokenizer.json" not in files:
+            self.report("there is no tokenizer.json: the model will take and give token ids only")
         notes: dict[str, list[str]] = {}
         for name, choice in self.choices.items():
             if choice.note:

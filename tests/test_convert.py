@@ -252,10 +252,26 @@ def test_a_single_file_of_another_name(tmp_path: Path) -> None:
     assert_converted(convert(source, tmp_path / "out"), expected("llama2"), "bf16")
 
 
+def test_the_tiny_model_is_what_its_script_makes(tmp_path: Path) -> None:
+    tiny, made = ROOT / "weights" / "tiny", tmp_path / "tiny"
+    command = [sys.executable, str(ROOT / "tools" / "make_tiny.py"), "-o", str(made)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert left_in(made) == left_in(tiny)
+    assert sum(file.stat().st_size for file in tiny.iterdir()) < 300_000
+    for name in left_in(tiny, "model.safetensors"):
+        assert (made / name).read_bytes() == (tiny / name).read_bytes()
+    with open_checkpoint(made) as ours, open_checkpoint(tiny) as theirs:
+        assert ours.matrices == theirs.matrices
+        assert {layout.type for layout in ours.matrices.values()} == {"int4", "int8"}
+        for name in ours.names:
+            assert np.array_equal(ours.raw(name), theirs.raw(name)), name
+
+
 def test_error_table(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "hf", "llama2")
     lines: list[str] = []
     convert(source, tmp_path / "out", quant="int4", report=lines.append)
+    assert "no tokenizer.json" in lines.pop(0)
     assert lines[0].split() == ["relative", "RMS", "error", "type", "minflash", "plain", "rounding"]
     table = {line.split()[0]: line.split()[1:] for line in lines[1:]}
     assert set(table) == {"embed", "wqkv", "wo", "w_gate_up", "w_down", "lm_head"}
