@@ -41,6 +41,7 @@ class Clock:
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
         self.tokens = 0
+        self._stats: Stats | None = None
         self._begin = self._first = self._last = time.perf_counter()
 
     def tick(self) -> None:
@@ -50,6 +51,12 @@ class Clock:
         self.tokens += 1
 
     def stats(self, engine: Engine) -> Stats:
+        """The sums, made at the first call: the last chunk and last_stats are then the same."""
+        if self._stats is None:
+            self._stats = self._sums(engine)
+        return self._stats
+
+    def _sums(self, engine: Engine) -> Stats:
         to_first, after = self._first - self._begin, self._last - self._first
         return Stats(
             prompt_tokens=self.prompt_tokens,

@@ -280,7 +280,7 @@ class LLM:
             elif clock.tokens == count:
                 reason = "length"
             if reason is not None:
-                stats = clock.stats(self._engine)
+                self.last_stats = stats = clock.stats(self._engine)
                 yield Chunk(piece + text.flush(), token, finish_reason=reason, stats=stats)
                 return
             yield Chunk(piece, token)

@@ -118,7 +118,7 @@ def test_every_end_token_ends_the_text_without_being_part_of_it(scripted: Any, e
     chunks = list(model.stream("x", max_tokens=10))
     assert "".join(chunk.text for chunk in chunks) == "AB"
     assert (chunks[-1].token, chunks[-1].finish_reason) == (end, "stop")
-    assert model.last_stats == chunks[-1].stats
+    assert model.last_stats is chunks[-1].stats
     assert model.generate("x", max_tokens=4, ignore_eos=True).endswith("C")
 
 
