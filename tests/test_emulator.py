@@ -339,6 +339,18 @@ def test_pipeline_is_clean_under(sanitizer: emulator.Sanitizer) -> None:
     assert done.stdout == "fine\n"
 
 
+def test_conversions_and_lanes_are_clean_under_address_sanitizer() -> None:
+    done = sanitized("address", "conversions")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_race_can_be_suppressed() -> None:
+    done = emulator.run_sanitized(
+        [__file__, "bug no_grid_barrier"], "thread", suppressions=["race:multiply_chunk"]
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_thread_sanitizer_finds_races() -> None:
     for what in ("rule race", "bug no_grid_barrier", "bug partials_not_published"):
         done = sanitized("thread", what)
@@ -390,6 +402,12 @@ def main(what: str) -> None:
         for bulk in (0, 1):
             assert pipeline_error(2, "forward", bulk=bulk) < 2e-3
             assert pipeline_error(3, "random", bulk=bulk, seed=2) < 2e-3
+    elif what == "conversions":
+        test_f16_to_f32_exhaustively()
+        test_e4m3_to_f16_exhaustively()
+        test_f32_to_16_bits()
+        test_mma("f16")
+        test_lanes("random")
     elif what.startswith("bug"):
         pipeline_error(2, "forward", bug=what.split()[1])
     else:

@@ -38,8 +38,8 @@ _COMMON_FLAGS = (
 )
 _SANITIZER_FLAGS: Mapping[str | None, tuple[str, ...]] = {
     None: (),
-    "thread": ("-fsanitize=thread", "-g"),
-    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"),
+    "thread": ("-fsanitize=thread", "-g1"),
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"),
 }
 
 
@@ -146,28 +146,44 @@ class EmulatedModule:
 
 
 def run_sanitized(
-    arguments: Sequence[str], sanitizer: Sanitizer, *, timeout_s: float = 600
+    arguments: Sequence[str],
+    sanitizer: Sanitizer,
+    *,
+    suppressions: Sequence[str] = (),
+    timeout_s: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python ARGUMENTS`` with a sanitizer loaded; exit code 66 means that it found something.
 
     In that process every EmulatedModule is compiled with the sanitizer. ThreadSanitizer and
     AddressSanitizer must be in a process from its start, hence a process of its own.
+    ``suppressions`` are ThreadSanitizer's, such as "race:name_of_a_function_in_either_stack".
     """
-    environment = os.environ | {
+    with tempfile.NamedTemporaryFile("w", suffix=".supp") as file:
+        file.write("\n".join(suppressions))
+        file.flush()
+        command = [*_without_address_randomization(), sys.executable, *arguments]
+        return subprocess.run(
+            command,
+            env=_sanitizer_environment(sanitizer, file.name),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+
+def _sanitizer_environment(sanitizer: Sanitizer, suppressions: str) -> dict[str, str]:
+    return os.environ | {
         _SANITIZER_VARIABLE: sanitizer,
         "LD_PRELOAD": " ".join(_sanitizer_libraries(sanitizer)),
         "PYTHONMALLOC": "malloc",
         "OPENBLAS_NUM_THREADS": "1",
         # Python itself is not instrumented; only the device code is looked at.
         "TSAN_OPTIONS": f"halt_on_error=1 exitcode={SANITIZER_EXIT_CODE} "
-        "ignore_noninstrumented_modules=1 report_signal_unsafe=0",
+        f"ignore_noninstrumented_modules=1 report_signal_unsafe=0 suppressions={suppressions}",
         "ASAN_OPTIONS": f"exitcode={SANITIZER_EXIT_CODE} detect_leaks=0",
         "UBSAN_OPTIONS": f"exitcode={SANITIZER_EXIT_CODE} print_stacktrace=1",
     }
-    command = [*_without_address_randomization(), sys.executable, *arguments]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
 
 
 @cache

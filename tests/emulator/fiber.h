@@ -6,7 +6,10 @@
 
 #include <cstddef>
 #include <cstdint>
-#if !defined(__x86_64__) && !defined(__aarch64__)
+#if !defined(EMULATED_UCONTEXT) && !defined(__x86_64__) && !defined(__aarch64__)
+#define EMULATED_UCONTEXT
+#endif
+#ifdef EMULATED_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -40,7 +43,8 @@ void* __asan_region_is_poisoned(void* address, size_t bytes);
 
 namespace emulated {
 
-#if defined(__x86_64__)
+#if defined(EMULATED_UCONTEXT)
+#elif defined(__x86_64__)
 // Pushes what a callee must keep, swaps the stack pointers, pops. The last word of a new stack is the entry.
 asm(R"(
 .text
@@ -103,7 +107,7 @@ emulated_switch:
 )");
 constexpr int kSavedWords = 20, kEntryWord = 11;
 #endif
-#if defined(__x86_64__) || defined(__aarch64__)
+#ifndef EMULATED_UCONTEXT
 extern "C" void emulated_switch(void** save_stack_pointer, void* load_stack_pointer);
 #endif
 
@@ -111,7 +115,7 @@ constexpr size_t kStackBytes = 256 * 1024;   // reserved, not touched: a page be
 
 // What can be switched to. The host is the OS thread's own stack.
 struct Context {
-#if defined(__x86_64__) || defined(__aarch64__)
+#ifndef EMULATED_UCONTEXT
   void* stack_pointer = nullptr;
 #else
   ucontext_t machine;
@@ -124,7 +128,7 @@ struct Context {
   void prepare(char* stack, void (*entry)()) {
     bottom = stack, bytes = kStackBytes;
     TSAN(sanitizer_fiber = __tsan_create_fiber(0));
-#if defined(__x86_64__) || defined(__aarch64__)
+#ifndef EMULATED_UCONTEXT
     void** words = reinterpret_cast<void**>(stack + kStackBytes) - kSavedWords;
     words[kEntryWord] = reinterpret_cast<void*>(entry);
     stack_pointer = words;
@@ -143,7 +147,7 @@ struct Context {
 inline void switch_context(Context& from, Context& to, [[maybe_unused]] bool last = false) {
   ASAN(__sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.bottom, to.bytes));
   TSAN(__tsan_switch_to_fiber(to.sanitizer_fiber, 1));
-#if defined(__x86_64__) || defined(__aarch64__)
+#ifndef EMULATED_UCONTEXT
   emulated_switch(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.machine, &to.machine);
