@@ -112,19 +112,16 @@ class Conversion:
             target.name: target.shape[0] for target in self.targets if len(target.shape) == 1
         }
         layouts = {name: self._layout(target) for name, target in self.matrices.items()}
-        with (
-            CheckpointWriter(
-                out, self.source.config, layouts, vectors, overwrite=overwrite
-            ) as writer,
-            ThreadPoolExecutor(_workers()) as pool,
-            self._bar() as bar,
-        ):
+        with CheckpointWriter(
+            out, self.source.config, layouts, vectors, overwrite=overwrite
+        ) as writer:
             self._report_notes(files)  # once it is known that ``out`` is free
-            for target in self.targets:
-                if target.name in vectors:
-                    writer.write_vector(target.name, self._vector(target))
-                else:
-                    writer.write_matrix(target.name, self._pieces(target, pool, bar))
+            with ThreadPoolExecutor(_workers()) as pool, self._bar() as bar:
+                for target in self.targets:
+                    if target.name in vectors:
+                        writer.write_vector(target.name, self._vector(target))
+                    else:
+                        writer.write_matrix(target.name, self._pieces(target, pool, bar))
             for name, content in files.items():
                 writer.copy_file(name, content)
             path = writer.commit()
