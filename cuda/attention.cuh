@@ -17,7 +17,10 @@ constexpr int kBlockBytes = 2 * kHalfBytes;
 constexpr int kChunkBlocks = kStageBytes / kBlockBytes;
 static_assert(kChunkBlocks >= 1, "a stage must hold a block of 16 positions of K and V");
 
-// The work: query rows of a KV head in tiles of 16, times splits of the past.
+// Query rows that one unit handles: half of an mma's, which leaves registers for the values.
+constexpr int kRows = 8;
+
+// The work: query rows of a KV head in tiles of kRows, times splits of the past.
 template <class Map>
 struct Plan {
   int n_columns, position, first_block, blocks, row_tiles, splits;
@@ -26,7 +29,7 @@ struct Plan {
     first_block = oldest > 0 ? oldest / 16 : 0;
     blocks = ceil_div(position, 16) - first_block;
     if (blocks < 0) blocks = 0;
-    row_tiles = ceil_div(kGroup * n_columns, 16);
+    row_tiles = ceil_div(kGroup * n_columns, kRows);
     const int room = int(gridDim.x) / (model::kKvHeads * row_tiles);
     splits = smaller(room < kMaxSplits ? room : kMaxSplits, ceil_div(blocks, kSplitBlocks));
     if (splits < 1) splits = 1;
@@ -62,13 +65,12 @@ __device__ void stream_past(Producer<Map>& producer, Deal& deal, const Plan<Map>
 constexpr int kQueryStride = kHeadDim * 2 + 16;
 template <class Map>
 struct Scratch {
-  static constexpr int kRows = smaller(16, kGroup * Map::kColumns);
-  u8 *queries, *fresh;      // [16][kQueryStride]; one block of positions: the step's own K and V
+  u8 *queries, *fresh;      // [kRows][kQueryStride]; one block of positions: the step's own K and V
   float *sums, *outputs;    // [kSlots][kRows][2]: maximum and sum; [kSlots][kRows][kHeadDim]
   static __device__ __forceinline__ Scratch here() {
     u8* base = Shared<Map>::scratch();
-    float* sums = reinterpret_cast<float*>(base + 16 * kQueryStride + kBlockBytes);
-    return {base, base + 16 * kQueryStride, sums, sums + Map::kSlots * kRows * 2};
+    float* sums = reinterpret_cast<float*>(base + kRows * kQueryStride + kBlockBytes);
+    return {base, base + kRows * kQueryStride, sums, sums + Map::kSlots * kRows * 2};
   }
 };
 
@@ -106,8 +108,8 @@ __device__ void prepare(const Plan<Map>& plan, const Unit& u, const StepArgs& ar
   const Scratch<Map> s = Scratch<Map>::here();
   constexpr int kRowWidth = (model::kHeads + 2 * model::kKvHeads) * kHeadDim;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int r = warp; r < 16; r += kWarps) {
-    const int row = u.row_tile * 16 + r, column = row / kGroup, head = u.kv_head * kGroup + row % kGroup;
+  for (int r = warp; r < kRows; r += kWarps) {
+    const int row = u.row_tile * kRows + r, column = row / kGroup, head = u.kv_head * kGroup + row % kGroup;
     u16* to = reinterpret_cast<u16*>(s.queries + r * kQueryStride);
     if (column < plan.n_columns)
       rotate_row(qkv + (u64)column * kRowWidth + head * kHeadDim, q_norm, args, plan.position + column, [&](int d, float v) { to[d] = rounded(v); });
@@ -132,117 +134,103 @@ __device__ void prepare(const Plan<Map>& plan, const Unit& u, const StepArgs& ar
   }
 }
 
-// What one warp knows of rows g and, where there are more than 8, g + 8: maximum, sum, weighted values.
-template <class Map>
+// What one warp knows of row g: running maximum, sum, and weighted values (two of every 8 dims a lane).
 struct Running {
-  static constexpr int kHalves = Scratch<Map>::kRows > 8 ? 2 : 1;
-  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kHeadDim / 8][4] = {};
+  float maximum = -kInfinity, sum = 0, out[kHeadDim / 8][2] = {};
 };
 
-// One block of 16 positions. visible(row, position in block) masks.
+// One block of 16 positions. visible(row, position in block) masks. Rows 8 to 15 of the mma are zero.
 template <class Map, class Visible>
-__device__ __forceinline__ void attend(Running<Map>& run, const u8* block, Visible visible) {
-  constexpr int kHalves = Running<Map>::kHalves;
+__device__ __forceinline__ void attend(Running& run, const u8* block, Visible visible) {
   const u8* queries = Scratch<Map>::here().queries;
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   float score[2][4] = {};
 #pragma unroll
   for (int d = 0; d < kHeadDim / 32; d++) {
-    const uint4 low = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
-    const uint4 high = kHalves == 1 ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(queries + (g + 8) * kQueryStride + d * 64 + q * 16);
+    const uint4 row = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
 #pragma unroll
     for (int t = 0; t < 2; t++) {
       const uint4 k = *reinterpret_cast<const uint4*>(block + d * 1024 + (g / 2 * 4 + 2 * t + g % 2) * 64 + q * 16);
-      mma<kKvBf16>(score[t], {low.x, high.x, low.y, high.y}, k.x, k.y);
-      mma<kKvBf16>(score[t], {low.z, high.z, low.w, high.w}, k.z, k.w);
+      mma<kKvBf16>(score[t], {row.x, 0, row.y, 0}, k.x, k.y);
+      mma<kKvBf16>(score[t], {row.z, 0, row.w, 0}, k.z, k.w);
     }
   }
-  float weight[2][4] = {}, rescale[2] = {1, 1};
+  float top = -kInfinity, weight[2][2];
 #pragma unroll
-  for (int h = 0; h < kHalves; h++) {
-    float top = -kInfinity;
+  for (int t = 0; t < 2; t++)
 #pragma unroll
-    for (int t = 0; t < 2; t++)
+    for (int i = 0; i < 2; i++) {
+      weight[t][i] = visible(g, 4 * q + 2 * t + i) ? score[t][i] * model::kScoreScale : -kInfinity;  // in powers of two
+      top = fmaxf(top, weight[t][i]);
+    }
+  top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+  top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+  const float maximum = fmaxf(run.maximum, top), base = maximum == -kInfinity ? 0.0f : maximum;
+  const float rescale = ex2_approx(run.maximum - base);
+  run.maximum = maximum;
+  run.sum *= rescale;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float& s = score[t][2 * h + i];
-        s = visible(g + 8 * h, 4 * q + 2 * t + i) ? s * model::kScoreScale : -kInfinity;  // in powers of two
-        top = fmaxf(top, s);
-      }
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    const float maximum = fmaxf(run.maximum[h], top), base = maximum == -kInfinity ? 0.0f : maximum;
-    rescale[h] = ex2_approx(run.maximum[h] - base);
-    run.maximum[h] = maximum;
-    run.sum[h] *= rescale[h];
+  for (int t = 0; t < 2; t++)
 #pragma unroll
-    for (int t = 0; t < 2; t++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        weight[t][2 * h + i] = ex2_approx(score[t][2 * h + i] - base);
-        run.sum[h] += weight[t][2 * h + i];
-      }
-  }
-  const Fragment p = {round_pair<kKvBf16>(weight[0][0], weight[0][1]), round_pair<kKvBf16>(weight[0][2], weight[0][3]),
-                      round_pair<kKvBf16>(weight[1][0], weight[1][1]), round_pair<kKvBf16>(weight[1][2], weight[1][3])};
+    for (int i = 0; i < 2; i++) {
+      weight[t][i] = ex2_approx(weight[t][i] - base);
+      run.sum += weight[t][i];
+    }
+  const Fragment p = {round_pair<kKvBf16>(weight[0][0], weight[0][1]), 0, round_pair<kKvBf16>(weight[1][0], weight[1][1]), 0};
 #pragma unroll
   for (int d = 0; d < kHeadDim / 16; d++) {
     const uint4 v = *reinterpret_cast<const uint4*>(block + kHalfBytes + d * 512 + lane * 16);
 #pragma unroll
-    for (int i = 0; i < 2 * kHalves; i++) run.out[2 * d][i] *= rescale[i / 2], run.out[2 * d + 1][i] *= rescale[i / 2];
-    mma<kKvBf16>(run.out[2 * d], p, v.x, v.y);
-    mma<kKvBf16>(run.out[2 * d + 1], p, v.z, v.w);
+    for (int i = 0; i < 2; i++) {
+      float(&out)[2] = run.out[2 * d + i];
+      float sums[4] = {out[0] * rescale, out[1] * rescale, 0, 0};
+      mma<kKvBf16>(sums, p, i ? v.z : v.x, i ? v.w : v.y);
+      out[0] = sums[0], out[1] = sums[1];
+    }
   }
 }
 
 // Writes what this warp knows into a slot, merged with what an earlier round left there.
 template <class Map>
-__device__ __forceinline__ void leave(Running<Map>& run, int slot, bool merge) {
+__device__ __forceinline__ void leave(const Running& run, int slot, bool merge) {
   const Scratch<Map> s = Scratch<Map>::here();
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-#pragma unroll
-  for (int h = 0; h < Running<Map>::kHalves; h++) {
-    float sum = run.sum[h];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const int row = slot * Scratch<Map>::kRows + g + 8 * h;
-    const bool used = g + 8 * h < Scratch<Map>::kRows;
-    float top = run.maximum[h], mine = 1, other = 0;
-    if (used && merge) {
-      const float theirs = s.sums[row * 2], base = fmaxf(top, theirs);
-      if (base != -kInfinity) mine = ex2_approx(top - base), other = ex2_approx(theirs - base);
-      sum = sum * mine + s.sums[row * 2 + 1] * other;
-      top = base;
-    }
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4, row = slot * kRows + g;
+  float sum = run.sum, top = run.maximum, mine = 1, other = 0;
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+  if (merge) {
+    const float theirs = s.sums[row * 2], base = fmaxf(top, theirs);
+    if (base != -kInfinity) mine = ex2_approx(top - base), other = ex2_approx(theirs - base);
+    sum = sum * mine + s.sums[row * 2 + 1] * other;
+    top = base;
     __syncwarp();  // all lanes of the row have read its sums
-    if (!used) continue;
-    float* at = s.outputs + row * kHeadDim + 2 * q;
-#pragma unroll
-    for (int d = 0; d < kHeadDim / 8; d++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) at[d * 8 + i] = run.out[d][2 * h + i] * mine + (merge ? at[d * 8 + i] * other : 0.0f);
-    if (q == 0) s.sums[row * 2] = top, s.sums[row * 2 + 1] = sum;
   }
+  float* at = s.outputs + row * kHeadDim + 2 * q;
+#pragma unroll
+  for (int d = 0; d < kHeadDim / 8; d++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) at[d * 8 + i] = run.out[d][i] * mine + (merge ? at[d * 8 + i] * other : 0.0f);
+  if (q == 0) s.sums[row * 2] = top, s.sums[row * 2 + 1] = sum;
 }
 
 // This warp's part of the unit: its chunks of the past and, for warp 0 of the last split, the fresh positions.
 template <class Map>
 __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const Unit& u, int window) {
   const Scratch<Map> s = Scratch<Map>::here();
-  Running<Map> run;
-  const auto column_of = [&](int row) { return (u.row_tile * 16 + row) / kGroup; };
+  Running run;
+  const auto column_of = [&](int row) { return (u.row_tile * kRows + row) / kGroup; };
   const int begin = plan.split_begin(u.split), end = plan.split_begin(u.split + 1);
   consumer.take(ceil_div(end - begin, kChunkBlocks), [&](int i, const u8* data) {
     for (int b = 0; b < smaller(kChunkBlocks, end - begin - i * kChunkBlocks); b++) {
       const int first = (begin + i * kChunkBlocks + b) * 16;
-      attend(run, data + b * kBlockBytes, [&](int row, int offset) {
+      attend<Map>(run, data + b * kBlockBytes, [&](int row, int offset) {
         const int position = first + offset;
         return position < plan.position && (!window || position > plan.position + column_of(row) - window);
       });
     }
   });
   if (threadIdx.x < 32 && u.split == plan.splits - 1)
-    attend(run, s.fresh, [&](int row, int offset) {
+    attend<Map>(run, s.fresh, [&](int row, int offset) {
       const int column = column_of(row);
       return offset <= column && offset < plan.n_columns && (!window || offset > column - window);
     });
@@ -273,7 +261,7 @@ __device__ __forceinline__ void combine_slots(int rows, Put put) {
     const int row = i / kHeadDim, d = i % kHeadDim;
     Part part;
     for (int slot = 0; slot < Map::kSlots; slot++) {
-      const int at = slot * Scratch<Map>::kRows + row;
+      const int at = slot * kRows + row;
       part.add(s.sums[at * 2], s.sums[at * 2 + 1], s.outputs[at * kHeadDim + d]);
     }
     put(row, d, part);
@@ -289,9 +277,9 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
   for (int i = 0; i < share.count; i++) {
     const int index = share.first + i * gridDim.x;
     const Unit u = unit_of(plan, index);
-    const int rows = smaller(16, kGroup * plan.n_columns - u.row_tile * 16);
+    const int rows = smaller(kRows, kGroup * plan.n_columns - u.row_tile * kRows);
     const auto finish = [&](int row, int d, const Part& part) {
-      const int global = u.row_tile * 16 + row, column = global / kGroup, head = u.kv_head * kGroup + global % kGroup;
+      const int global = u.row_tile * kRows + row, column = global / kGroup, head = u.kv_head * kGroup + global % kGroup;
       out[((u64)column * model::kHeads + head) * kHeadDim + d] = (u16)round_pair<kOutBf16>(part.value / part.sum, 0.0f);
     };
     sync_consumers();  // shared memory of the previous unit is free
@@ -302,10 +290,10 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
       combine_slots<Map>(rows, finish);
       continue;
     }
-    // partials: [kv head][row tile][split][16][head_dim + 2]
+    // partials: [kv head][row tile][split][kRows][head_dim + 2]
     constexpr int kRow = kHeadDim + 2;
     const int team = u.kv_head * plan.row_tiles + u.row_tile;
-    float* mine = partials + ((u64)team * plan.splits + u.split) * 16 * kRow;
+    float* mine = partials + ((u64)team * plan.splits + u.split) * kRows * kRow;
     combine_slots<Map>(rows, [&](int row, int d, const Part& part) {
       mine[row * kRow + 2 + d] = part.value;
       if (d == 0) mine[row * kRow] = part.maximum, mine[row * kRow + 1] = part.sum;
@@ -318,12 +306,12 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
     }
     sync_consumers();  // publishes who combines
     if (!*last) continue;
-    const float* parts = partials + (u64)team * plan.splits * 16 * kRow;
+    const float* parts = partials + (u64)team * plan.splits * kRows * kRow;
     for (int j = threadIdx.x; j < rows * kHeadDim; j += kConsumers) {
       const int row = j / kHeadDim, d = j % kHeadDim;
       Part part;
       for (int split = 0; split < plan.splits; split++) {
-        const float* p = parts + (split * 16 + row) * kRow;
+        const float* p = parts + (split * kRows + row) * kRow;
         part.add(ld_cg(p), ld_cg(p + 1), ld_cg(p + 2 + d));
       }
       finish(row, d, part);

@@ -66,42 +66,59 @@ __device__ void load_rounded(const u8* source, int n_columns, int panel) {
   sync_consumers();  // publishes the activations to the block's consumers
 }
 
-// read(column, k8, v) yields eight fp32 values of the residual.
-template <class Map, class Read>
-__device__ float rms_scale(int column, Read read) {
-  using S = LoadShare<Map>;
-  float squares = 0;
-  for (int k8 = S::thread(); k8 < model::kDim / 8; k8 += S::kThreads) {
-    float v[8];
-    read(column, k8, v);
-#pragma unroll
-    for (int i = 0; i < 8; i++) squares += v[i] * v[i];
-  }
-  squares = warp_sum(squares);
-  if constexpr (S::kThreads > 32) {
+// The sum over the threads that share a column.
+template <class Map>
+__device__ __forceinline__ float team_sum(float v) {
+  v = warp_sum(v);
+  if constexpr (LoadShare<Map>::kThreads > 32) {
     float* warps = reinterpret_cast<float*>(Shared<Map>::scratch() + Map::kReduce);  // [kWarps]
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = squares;
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
     sync_consumers();  // publishes the warps' sums
-    squares = 0;
-    for (int w = 0; w < kWarps; w++) squares += warps[w];
+    v = 0;
+    for (int w = 0; w < kWarps; w++) v += warps[w];
   }
-  return rsqrtf(squares / model::kDim + model::kNormEps);
+  return v;
 }
 
-// RMSNorm(residual) * weight, rounded for m.
+// RMSNorm(residual) * weight, rounded for m. read(column, k8, v) yields eight fp32 values of the residual;
+// a thread keeps those it may keep in registers, and reads the others again.
 template <class Map, Matrix m, class Read>
 __device__ void load_normed(const float* weight, int n_columns, int panel, Read read) {
   using S = LoadShare<Map>;
   using W = Walk<Map, m>;
-  constexpr int kEnd8 = model::kDim / 8;
+  constexpr int kEnd8 = model::kDim / 8, kRounds = ceil_div(kEnd8, S::kThreads);
+  constexpr bool kKeep = W::kPanels == 1 && kRounds <= 4;
   const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
   sync_consumers();  // nobody reads the previous activations any more
   for (int column = S::team(); column < n_columns; column += S::kTeams) {
-    const float scale = rms_scale<Map>(column, read);
-    for (int k8 = S::thread(); k8 < ceil_div(end8, 32) * 32; k8 += S::kThreads) {
+    float kept[kKeep ? kRounds : 1][8], squares = 0;
+#pragma unroll
+    for (int round = 0; round < (kKeep ? kRounds : 0); round++) {
+      const int k8 = round * S::kThreads + S::thread();
+      if (k8 < kEnd8) read(column, k8, kept[round]);
+    }
+#pragma unroll(kKeep ? kRounds : 1)
+    for (int round = 0; round < kRounds; round++) {
+      const int k8 = round * S::kThreads + S::thread();
+      if (k8 >= kEnd8) break;
+      float(&v)[8] = kept[kKeep ? round : 0];
+      if (!kKeep) read(column, k8, v);
+#pragma unroll
+      for (int i = 0; i < 8; i++) squares += v[i] * v[i];
+    }
+    const float scale = rsqrtf(team_sum<Map>(squares) / model::kDim + model::kNormEps);
+    constexpr int kPutRounds = ceil_div(W::kPanelTiles * m.tile_cols() / 8, S::kThreads);
+#pragma unroll(kKeep ? kPutRounds : 1)
+    for (int round = 0; round < kPutRounds; round++) {
+      const int k8 = round * S::kThreads + S::thread();
       float v[8] = {};
       if (begin8 + k8 < kEnd8 && k8 < end8) {
-        read(column, begin8 + k8, v);
+        if constexpr (kKeep) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) v[i] = kept[round][i];
+        } else {
+          read(column, begin8 + k8, v);
+        }
         const float4* w = reinterpret_cast<const float4*>(weight) + (begin8 + k8) * 2;
         const float4 w0 = w[0], w1 = w[1];
         const float weights[8] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};

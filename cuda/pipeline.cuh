@@ -33,12 +33,12 @@ __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
   fence_mbarrier_init();
 }
 
-__device__ __forceinline__ void wait_parity(u64* barrier, u32 parity, u32* alarm, u64 limit_ns, u32 chunk) {
+__device__ __forceinline__ void wait_parity(u64* barrier, u32 parity, const StepArgs& args, u32 chunk) {
   if (mbarrier_try_wait_parity(barrier, parity)) return;
-  Patience patience(limit_ns);
+  Patience patience(args.watchdog_ns);
   while (!mbarrier_try_wait_parity(barrier, parity))
     if (patience.over()) {
-      raise_alarm(alarm, kAlarmRing, chunk, parity, !parity);
+      raise_alarm(args.alarm, kAlarmRing, chunk, parity, !parity);
       return;
     }
 }
@@ -46,18 +46,17 @@ __device__ __forceinline__ void wait_parity(u64* barrier, u32 parity, u32* alarm
 // The producer's side. All lanes of the warp call copy(); with bulk copies lane 0 does the work.
 template <class Map>
 struct Producer {
-  u32* alarm;
-  u64 limit_ns;
+  const StepArgs& args;
   int stage = 0, oldest = 0;           // next stage to fill; oldest stage not known to have landed
   u32 parity = 0, oldest_parity = 0;   // of those stages' current round
   u32 issued = 0, landed = 0, in_flight_bytes = 0;
 
-  __device__ Producer(u32* alarm, u64 limit_ns) : alarm(alarm), limit_ns(limit_ns) {}
+  __device__ __forceinline__ explicit Producer(const StepArgs& args) : args(args) {}
 
   __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
     Ring<Map>& ring = Shared<Map>::ring();
     while (issued - landed == Map::kStages || (in_flight_bytes && in_flight_bytes + bytes > kInFlightBytes)) await_oldest(ring);
-    if (issued >= Map::kStages) wait_parity(&ring.empty[stage], parity ^ 1, alarm, limit_ns, issued);
+    if (issued >= Map::kStages) wait_parity(&ring.empty[stage], parity ^ 1, args, issued);
     if constexpr (!kBulkCopy) __syncwarp();  // no lane still reads the size that start() overwrites
     start(ring, src, bytes);
     in_flight_bytes += bytes;
@@ -72,7 +71,7 @@ struct Producer {
 
  private:
   __device__ __forceinline__ void await_oldest(Ring<Map>& ring) {
-    wait_parity(&ring.full[oldest], oldest_parity, alarm, limit_ns, issued);
+    wait_parity(&ring.full[oldest], oldest_parity, args, issued);
     in_flight_bytes -= ring.bytes[oldest];
     landed++;
     if (++oldest == Map::kStages) { oldest = 0; oldest_parity ^= 1; }
@@ -93,15 +92,13 @@ struct Producer {
 // A consumer warp's side: it takes every kWarps-th chunk of the step, in order.
 template <class Map>
 struct Consumer {
-  u32* alarm;
-  u64 limit_ns;
+  const StepArgs& args;
   u32 begin = 0;        // index of the current phase's first chunk
   u32 next;             // index of this warp's next chunk
   int stage;            // where it lands
   u32 parity = 0;
 
-  __device__ Consumer(u32* alarm, u64 limit_ns)
-      : alarm(alarm), limit_ns(limit_ns), next(threadIdx.x / 32), stage(threadIdx.x / 32) {}
+  __device__ __forceinline__ explicit Consumer(const StepArgs& args) : args(args), next(threadIdx.x / 32), stage(threadIdx.x / 32) {}
 
   // Calls use(i, data) for each of the next `count` chunks that is this warp's; i counts from 0.
   template <class Use>
@@ -109,7 +106,7 @@ struct Consumer {
     const u32 end = begin + count;
     for (; next < end; next += kWarps) {
       Ring<Map>& ring = Shared<Map>::ring();
-      wait_parity(&ring.full[stage], parity, alarm, limit_ns, next);
+      wait_parity(&ring.full[stage], parity, args, next);
       use(int(next - begin), Shared<Map>::stage(stage));
       __syncwarp();
       if (threadIdx.x % 32 == 0) mbarrier_arrive(&ring.empty[stage]);

@@ -10,7 +10,7 @@ namespace {
 template <class Map>
 __device__ void produce(const StepArgs& args) {
   if (kBulkCopy && threadIdx.x % 32 != 0) return;
-  Producer<Map> producer(args.alarm, args.watchdog_ns);
+  Producer<Map> producer(args);
   Deal deal;
   for (int layer = 0; layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
@@ -29,23 +29,22 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x));
 
 template <class Map>
 __device__ void consume(const StepArgs& args) {
-  const Workspace<Map> work(args.workspace);
-  Consumer<Map> consumer(args.alarm, args.watchdog_ns);
-  GridBarrier grid(work.barrier, work.abandoned, args.alarm, args.watchdog_ns, args.barrier_base);
+  const Workspace work(args);
+  Consumer<Map> consumer(args);
+  GridBarrier grid(args);
   Deal deal;
   const int n = args.n_columns;
 
   const auto embedding = [&](int column, int k8, float (&v)[8]) {
-    const int token = args.tokens[column] >= 0 ? args.tokens[column] : (int)ld_cg(work.next_token);
+    const int token = args.tokens[column] >= 0 ? args.tokens[column] : (int)ld_cg(work.next_token());
     dequantize_8<tensors::embed>(args.weights + tensors::embed.offset, token, k8 * 8, v);
   };
-  const auto residual = [&](int column, int k8, float (&v)[8]) { load_8(work.residual + column * model::kDim + k8 * 8, v); };
+  const auto residual = [&](int column, int k8, float (&v)[8]) { load_8(work.residual() + column * model::kDim + k8 * 8, v); };
   const auto add_to_residual = [&](const float* bias, int column, int row, float v) {
-    float* at = work.residual + column * model::kDim + row;
-    *at = ld_cg(at) + v + (bias ? bias[row] : 0.0f);
+    red_add(work.residual() + column * model::kDim + row, v + (bias ? bias[row] : 0.0f));  // nobody else adds to it
   };
 
-  store_share<Map>(work.residual, n, embedding);
+  store_share<Map>(work.residual(), n, embedding);
   for (int layer = 0; layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
     const auto vector = [&](u64 offset) { return offset == tensors::kAbsent ? nullptr : reinterpret_cast<const float*>(weights + offset); };
@@ -61,20 +60,20 @@ __device__ void consume(const StepArgs& args) {
           else load_normed<Map, tensors::wqkv>(vector(tensors::attn_norm), n, panel, residual);
         },
         [&](int row, int column, float low, float high) {
-          float* at = work.qkv + column * tensors::wqkv.rows + row;
+          float* at = work.qkv() + column * tensors::wqkv.rows + row;
           at[0] = low + (wqkv_bias ? wqkv_bias[row] : 0.0f);
           at[8] = high + (wqkv_bias ? wqkv_bias[row + 8] : 0.0f);
         });
     grid.sync();  // publishes q, k and v of the step's positions, and layer 0's residual
 
     const attention::Plan<Map> plan(n, args.position, model::window(layer));
-    attention::run<Map, tensors::wo.bf16()>(consumer, deal, plan, model::window(layer), args, work.qkv, vector(tensors::q_norm),
-                                            vector(tensors::k_norm), args.kv_cache + layer * args.kv_layer_bytes, work.partials,
-                                            work.arrivals, work.attended);
+    attention::run<Map, tensors::wo.bf16()>(consumer, deal, plan, model::window(layer), args, work.qkv(), vector(tensors::q_norm),
+                                            vector(tensors::k_norm), args.kv_cache + layer * args.kv_layer_bytes, work.partials(),
+                                            work.arrivals(), work.attended());
     grid.sync();  // publishes the heads' outputs
 
     multiply_matrix<Map, tensors::wo>(
-        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::wo>(reinterpret_cast<const u8*>(work.attended), n, panel); },
+        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::wo>(reinterpret_cast<const u8*>(work.attended()), n, panel); },
         [&](int row, int column, float low, float high) {
           if (row < model::kDim) add_to_residual(wo_bias, column, row, low);
           if (row + 8 < model::kDim) add_to_residual(wo_bias, column, row + 8, high);
@@ -86,12 +85,12 @@ __device__ void consume(const StepArgs& args) {
         [&](int row, int column, float gate, float up) {
           if (w_gate_up_bias) gate += w_gate_up_bias[row], up += w_gate_up_bias[row + 8];
           const int hidden = row / 16 * 8 + row % 8;
-          work.hidden[column * model::kHiddenDim + hidden] = (u16)round_pair<tensors::w_down.bf16()>(silu(gate) * up, 0.0f);
+          work.hidden()[column * model::kHiddenDim + hidden] = (u16)round_pair<tensors::w_down.bf16()>(silu(gate) * up, 0.0f);
         });
     grid.sync();  // publishes SwiGLU's result
 
     multiply_matrix<Map, tensors::w_down>(
-        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::w_down>(reinterpret_cast<const u8*>(work.hidden), n, panel); },
+        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::w_down>(reinterpret_cast<const u8*>(work.hidden()), n, panel); },
         [&](int row, int column, float low, float high) {
           if (row < model::kDim) add_to_residual(w_down_bias, column, row, low);
           if (row + 8 < model::kDim) add_to_residual(w_down_bias, column, row + 8, high);
@@ -111,11 +110,11 @@ __device__ void consume(const StepArgs& args) {
         for (int i = 0; i < 2; i++) {
           const int token = row + 8 * i;
           if (token >= model::kVocab) break;
-          if (keep_logits) work.logits[(u64)column * model::kVocab + token] = both[i];
+          if (keep_logits) work.logits()[(u64)column * model::kVocab + token] = both[i];
           if (column == n - 1) best.offer(sampler::score(args, both[i], token), token);
         }
       });
-  sampler::choose<Map>(args, best, work.logits + (u64)(n - 1) * model::kVocab, work.candidates, work.arrivals + kMaxTeams, work.next_token);
+  sampler::choose<Map>(args, best, work.logits() + (u64)(n - 1) * model::kVocab, work.candidates(), work.arrivals() + kMaxTeams, work.next_token());
 }
 
 template <class Map>

@@ -31,37 +31,34 @@ struct Patience {
 // All blocks wait for all blocks. After an alarm nobody waits any more: the step runs to its end on
 // garbage, the ring empties as usual, and the host throws the result away.
 struct GridBarrier {
-  u32* counter;      // arrivals since the workspace was made; wraps
-  u32* alarm;        // host memory
-  u32* abandoned;    // device memory: some block gave up
-  u64 limit_ns;
-  u32 target, phase = 0;
+  const StepArgs& args;
+  u32 target;          // arrivals to wait for, counted since the workspace was made; wraps
+  u32 phase = 0;
   bool gave_up = false;
 
-  __device__ GridBarrier(u32* counter, u32* abandoned, u32* alarm, u64 limit_ns, u32 base)
-      : counter(counter), alarm(alarm), abandoned(abandoned), limit_ns(limit_ns), target(base) {}
+  __device__ __forceinline__ explicit GridBarrier(const StepArgs& args) : args(args), target(args.barrier_base) {}
 
-  __device__ void sync() {
+  __device__ __forceinline__ void sync() {
     sync_consumers();
     target += gridDim.x;
     phase++;
     if (threadIdx.x == 0) {
-      red_add_release_gpu(counter, 1);
+      red_add_release_gpu(Workspace(args).barrier(), 1);
       if (!gave_up) wait();
     }
     sync_consumers();
   }
 
  private:
-  __device__ void wait() {
-    Patience patience(limit_ns);
+  __device__ __forceinline__ void wait() {
+    Patience patience(args.watchdog_ns);
     while (true) {
-      const u32 seen = ld_acquire_gpu(counter);
+      const u32 seen = ld_acquire_gpu(Workspace(args).barrier());
       if ((int)(seen - target) >= 0) return;
-      if (patience.tries % 64 == 63 && ld_relaxed_gpu(abandoned)) break;
+      if (patience.tries % 64 == 63 && ld_relaxed_gpu(Workspace(args).abandoned())) break;
       if (patience.over()) {
-        raise_alarm(alarm, kAlarmGridBarrier, phase, target, seen);
-        red_add_release_gpu(abandoned, 1);
+        raise_alarm(args.alarm, kAlarmGridBarrier, phase, target, seen);
+        red_add_release_gpu(Workspace(args).abandoned(), 1);
         break;
       }
     }

@@ -19,7 +19,7 @@ from .errors import DeviceError
 from .packing import Layout
 from .resources import resource_dir
 from .tensors import expected_tensors
-from .tuning import MANY_COLUMNS, SharedMap, Tuning, chunk_tiles, shared_map
+from .tuning import ATTENTION_ROWS, MANY_COLUMNS, SharedMap, Tuning, chunk_tiles, shared_map
 
 KERNELS = ("step_one", "step_many")
 ALARM_GRID_BARRIER, ALARM_RING = 1, 2
@@ -228,7 +228,7 @@ _WORKSPACE_TYPES = {"barrier": "u32", "abandoned": "u32", "next_token": "u32", "
 def _max_teams(config: ModelConfig) -> int:
     """KV heads times the most query row tiles of one step."""
     group = config.n_heads // config.n_kv_heads
-    return config.n_kv_heads * -(-group * MANY_COLUMNS // 16)
+    return config.n_kv_heads * -(-group * MANY_COLUMNS // ATTENTION_ROWS)
 
 
 def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
@@ -241,7 +241,7 @@ def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
         "attended": 2 * MANY_COLUMNS * config.n_heads * config.head_dim,
         "hidden": 2 * MANY_COLUMNS * config.hidden_dim,
         "logits": 4 * MANY_COLUMNS * config.vocab_size,
-        "partials": 4 * tuning.grid * 16 * (config.head_dim + 2),
+        "partials": 4 * tuning.grid * ATTENTION_ROWS * (config.head_dim + 2),
     }  # fmt: skip
     offsets, end = {}, 0
     for name, nbytes in sizes.items():
@@ -251,10 +251,13 @@ def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
 
 
 def _workspace_struct(workspace: Mapping[str, int]) -> str:
-    members = [f"  {c_type}* {name};" for name, c_type in _WORKSPACE_TYPES.items()]
-    values = [f"{name}(({c_type}*)(base + {workspace[name]}))" for name, c_type in _WORKSPACE_TYPES.items()]
-    head = "  __device__ __forceinline__ explicit Workspace(u8* base)\n      : "
-    return "\n".join(["template <class Map>", "struct Workspace {", *members, head + ",\n        ".join(values) + " {}", "};"])
+    members = [
+        f"  __device__ __forceinline__ {c_type}* {name}() const {{ return ({c_type}*)(args.workspace + {workspace[name]}); }}"
+        for name, c_type in _WORKSPACE_TYPES.items()
+    ]
+    head = ["struct Workspace {", "  const StepArgs& args;",
+            "  __device__ __forceinline__ explicit Workspace(const StepArgs& args) : args(args) {}"]  # fmt: skip
+    return "\n".join([*head, *members, "};"])
 
 
 def _bool(value: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -13,8 +13,6 @@ from .errors import DeviceError
 from .tuning import DeviceFacts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     Launch = Callable[[NDArray[np.void]], None]
 
 LEAST_CAPABILITY = 80
@@ -58,7 +56,7 @@ class CudaDevice:
         self._cupy = cupy
         self._device = cupy.cuda.Device()
         attributes = self._device.attributes
-        capability = attributes["ComputeCapabilityMajor"] * 10 + attributes["ComputeCapabilityMinor"]
+        capability = int(self._device.compute_capability)
         self.name = cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode()
         if capability < LEAST_CAPABILITY:
             raise DeviceError(
@@ -70,7 +68,7 @@ class CudaDevice:
             multiprocessors=attributes["MultiProcessorCount"],
             shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
         )
-        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream = cupy.cuda.Stream(non_blocking=True)
         self._memory: list[Any] = []
 
     def allocate(self, nbytes: int) -> int:
@@ -112,7 +110,7 @@ class CudaDevice:
         if spilled := kernel.attributes["local_size_bytes"]:
             raise AssertionError(f"{name} uses {spilled} bytes of local memory")
         grid, threads = program.tuning.grid, 32 * (program.tuning.warps + 1)
-        function, stream = kernel.kernel.ptr, self._stream.ptr
+        function, stream = kernel.kernel.ptr, self.stream.ptr
 
         def launch(args: NDArray[np.void]) -> None:
             pointers = np.array([args.ctypes.data], np.uint64)
@@ -124,7 +122,21 @@ class CudaDevice:
         return launch
 
     def synchronize(self) -> None:
-        self._stream.synchronize()
+        self.stream.synchronize()
+
+    def milliseconds(self, run: Callable[[], None]) -> float:
+        """Device time of what ``run`` launches."""
+        begin, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+        begin.record(self.stream)
+        run()
+        end.record(self.stream)
+        end.synchronize()
+        return float(self._cupy.cuda.get_elapsed_time(begin, end))
+
+    def array(self, address: int, nbytes: int) -> Any:
+        """Device memory as a CuPy array of uint8."""
+        memory = self._cupy.cuda.UnownedMemory(address, nbytes, self)
+        return self._cupy.ndarray((nbytes,), self._cupy.uint8, self._cupy.cuda.MemoryPointer(memory, 0))
 
     def free_bytes(self) -> int:
         return int(self._cupy.cuda.runtime.memGetInfo()[0])

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import rope
-from .checkpoint import Checkpoint
 from .codegen import ALARM_GRID_BARRIER, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
+from .packing import Layout
 from .sampling import Sampling
 from .tuning import MANY_COLUMNS, Tuning, choose
 
@@ -32,12 +33,26 @@ def position_bytes(config: ModelConfig) -> int:
     return 4 * config.n_layers * config.n_kv_heads * config.head_dim
 
 
+class Weights(Protocol):
+    """What a StepModel needs of a model's weights."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def matrices(self) -> Mapping[str, Layout]: ...
+
+    def copy_to(self, device: Device, name: str, address: int) -> None:
+        """Copies a tensor's bytes to the device."""
+        ...
+
+
 class StepModel:
     """Launches steps; knows nothing of text. Used by one thread at a time."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Weights,
         device: Device,
         max_context: int,
         *,
@@ -45,7 +60,10 @@ class StepModel:
         tuning: Tuning | None = None,
         watchdog_ns: int = _WATCHDOG_NS,
     ) -> None:
-        """kv_type: "bf16" or "fp16"; None: what the layers' activations are rounded to."""
+        """kv_type: "bf16" or "fp16"; None: what the layers' activations are rounded to.
+
+        Raises DeviceError when the model does not fit, or the kernel cannot run it.
+        """
         self.config, self.device, self.max_context = checkpoint.config, device, max_context
         config = self.config
         if kv_type is None:
@@ -62,7 +80,8 @@ class StepModel:
         self._workspace = device.allocate(self.program.workspace["total"])
         device.clear(self._kv_cache, kv_bytes)
         device.clear(self._workspace, self.program.workspace["total"])
-        self._upload(checkpoint)
+        for name, offset in self.program.weights.offsets.items():
+            checkpoint.copy_to(device, name, self._weights + offset)
         mailbox, self._mailbox_address = device.pinned(8 * _MAILBOX_SLOTS)
         alarm, alarm_address = device.pinned(32)
         self._mailbox, self._alarm = mailbox.view(np.uint64), alarm.view(np.uint32)
@@ -86,10 +105,6 @@ class StepModel:
             f"a context of {self.max_context} positions and {workspace / 1e9:.2f} GB of workspace; {free / 1e9:.2f} GB "
             f"are free; {way_out}"
         )
-
-    def _upload(self, checkpoint: Checkpoint) -> None:
-        for name, offset in self.program.weights.offsets.items():
-            self.device.upload(self._weights + offset, checkpoint.raw(name))
 
     def step(
         self,

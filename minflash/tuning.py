@@ -13,6 +13,7 @@ from .errors import DeviceError
 from .packing import Layout
 
 MANY_COLUMNS = 8  # tokens of one step of the kernel that reads prompts: the width of an mma
+ATTENTION_ROWS = 8  # query rows of one unit of attention, as in cuda/attention.cuh
 _RING_BYTES_PER_STAGE = 20  # two mbarriers and a size
 _REDUCE_BYTES = 256
 _SELECT_BYTES = 2048 * 8 + 64
@@ -105,7 +106,7 @@ def _with_stages(
     stage_data = _round_up(stages * _RING_BYTES_PER_STAGE, 128)
     scratch = stage_data + stages * tuning.stage_bytes
     room = tuning.shared_bytes - scratch - _REDUCE_BYTES
-    slots = _attention_slots(config, tuning, columns, room)
+    slots = _attention_slots(config, tuning, room)
     if slots is None or room < _SELECT_BYTES:
         return None
     window_bytes = tuning.warps * 16 * columns * 4
@@ -117,7 +118,7 @@ def _with_stages(
     sums = columns * stride
     partials = sums + columns * (panel // 32) * 4
     window = min(_MOST_WINDOW, (room - partials) // window_bytes)
-    used = max(partials + window * window_bytes, _attention_bytes(config, columns, slots), _SELECT_BYTES)
+    used = max(partials + window * window_bytes, _attention_bytes(config, slots), _SELECT_BYTES)
     reduce = _round_up(used, 128)
     return SharedMap(
         columns, stages, panel, stride, window, slots, stage_data, scratch, sums, partials, reduce,
@@ -140,16 +141,15 @@ def _widest_panel(room: int, columns: int) -> int:
     return max(0, (room - columns * 64) // per_step) * _PANEL_STEP
 
 
-def _attention_bytes(config: ModelConfig, columns: int, slots: int) -> int:
-    rows = min(16, config.n_heads // config.n_kv_heads * columns)
-    queries, fresh = 16 * (config.head_dim * 2 + 16), 64 * config.head_dim
-    return queries + fresh + slots * rows * (config.head_dim + 2) * 4
+def _attention_bytes(config: ModelConfig, slots: int) -> int:
+    queries, fresh = ATTENTION_ROWS * (config.head_dim * 2 + 16), 64 * config.head_dim
+    return queries + fresh + slots * ATTENTION_ROWS * (config.head_dim + 2) * 4
 
 
-def _attention_slots(config: ModelConfig, tuning: Tuning, columns: int, room: int) -> int | None:
+def _attention_slots(config: ModelConfig, tuning: Tuning, room: int) -> int | None:
     """Most warps whose results lie in shared memory at a time: a divisor of the warps, or None."""
     for slots in range(tuning.warps, 0, -1):
-        if tuning.warps % slots == 0 and _attention_bytes(config, columns, slots) <= room - 128:
+        if tuning.warps % slots == 0 and _attention_bytes(config, slots) <= room - 128:
             return slots
     return None
 

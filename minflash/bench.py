@@ -1,0 +1,199 @@
+"""Speed of the step kernel on named shapes with random weights: ``minflash bench``.
+
+A step's bytes are the weights it must read (the embedding counts one row) and the keys and values of
+the context. The ceiling is what plain 16-byte loads read on the same card in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .codegen import generate
+from .config import ModelConfig
+from .device import CudaDevice, Device
+from .packing import Layout
+from .shapes import shape_config, shape_layouts
+from .step_model import CHAINED, StepModel, position_bytes
+from .tensors import expected_tensors
+from .tuning import choose
+
+_CEILING_BYTES = 4 << 30
+_READ_KERNEL = r"""
+extern "C" __global__ void __launch_bounds__(1024, 1) read_all(const uint4* data, unsigned long long n, unsigned* sink) {
+  unsigned sum = 0;
+  const unsigned long long stride = (unsigned long long)gridDim.x * blockDim.x;
+  for (unsigned long long i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += 4 * stride) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (i + j * stride < n) {
+        const uint4 v = __ldcs(data + i + j * stride);
+        sum ^= v.x ^ v.y ^ v.z ^ v.w;
+      }
+  }
+  if (sum == 0x12345678u) *sink = sum;
+}
+"""
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One measurement; times are medians of device time."""
+
+    shape: str
+    quant: str
+    group_size: int
+    context: int
+    columns: int
+    ms_per_step: float
+    tokens_per_s: float
+    step_gb: float
+    gb_per_s: float
+    ceiling_gb_per_s: float
+    percent_of_ceiling: float
+    card: str
+    driver: str
+    commit: str
+    stages: int
+    stage_bytes: int
+    in_flight_bytes: int
+
+
+class RandomWeights:
+    """Weights drawn on the GPU: codes of any value, scales that keep activations of order one."""
+
+    def __init__(self, config: ModelConfig, matrices: dict[str, Layout]) -> None:
+        self.config, self.matrices = config, matrices
+        self._shapes = expected_tensors(config)
+
+    def copy_to(self, device: Device, name: str, address: int) -> None:
+        import cupy
+
+        assert isinstance(device, CudaDevice)
+        layout = self.matrices.get(name)
+        if layout is None:
+            device.array(address, 4 * self._shapes[name][0]).view(cupy.float32)[:] = 1 if name.endswith("norm") else 0
+            return
+        nbytes = layout.row_blocks * layout.row_block_bytes
+        data = device.array(address, nbytes)
+        for begin in range(0, nbytes // 4, 1 << 26):  # 256 MB at a time
+            part = data.view(cupy.uint32)[begin : begin + (1 << 26)]
+            part[:] = cupy.random.randint(0, 1 << 32, part.size, dtype=cupy.uint32)
+        self._tame(data, layout)
+
+    def _tame(self, data: Any, layout: Layout) -> None:
+        """Random bits made finite numbers: magnitudes about 1 / sqrt(cols)."""
+        import cupy
+
+        exponent = 127 - (layout.cols.bit_length() // 2)  # of float32
+        if layout.type == "bf16":
+            words = data.view(cupy.uint16)
+            words &= 0x807F
+            words |= exponent << 7
+        elif layout.type == "fp16":
+            words = data.view(cupy.uint16)
+            words &= 0x83FF
+            words |= (exponent - 112) << 10
+        else:
+            tiles = data.reshape(-1, layout.tile_bytes)
+            if layout.type == "fp8":
+                tiles[:, : layout.tile_code_bytes] &= 0xBF  # magnitudes under 2, no NaN
+            typical = {"fp8": 0.5, "int8": 74.0, "int4": 4.6}[layout.type]
+            scale = 1 / (typical * layout.cols**0.5)
+            halves = tiles[:, layout.tile_code_bytes :].copy().view(cupy.float16)
+            halves[:] = scale
+            if layout.type == "int4":
+                halves[:, 1::2] = -7.5 * scale
+            tiles[:, layout.tile_code_bytes :] = halves.view(cupy.uint8)
+
+
+def step_bytes(config: ModelConfig, matrices: dict[str, Layout], context: int) -> int:
+    """Bytes that one step must read at position ``context``."""
+    skipped = set() if config.tied else {"embed"}
+    weights = sum(m.row_blocks * m.row_block_bytes for name, m in matrices.items() if name not in skipped)
+    return weights + context * position_bytes(config)
+
+
+def read_ceiling(device: CudaDevice) -> float:
+    """GB/s of plain 16-byte loads over 4 GiB, the best of several runs."""
+    import cupy
+
+    data = cupy.zeros(_CEILING_BYTES, cupy.uint8)
+    sink = cupy.zeros(1, cupy.uint32)
+    kernel = cupy.RawKernel(_READ_KERNEL, "read_all")
+    grid = device.facts.multiprocessors
+
+    def run() -> None:
+        with device.stream:
+            kernel((grid,), (1024,), (data, cupy.uint64(_CEILING_BYTES // 16), sink))
+
+    device.milliseconds(run)
+    best = min(device.milliseconds(run) for _ in range(7))
+    del data
+    cupy.get_default_memory_pool().free_all_blocks()
+    return _CEILING_BYTES / best / 1e6
+
+
+class Bench:
+    """Measurements on one device; the ceiling is measured once."""
+
+    def __init__(self) -> None:
+        self.device = CudaDevice()
+        self.ceiling = read_ceiling(self.device)
+
+    def measure(
+        self, shape: str, quant: str, *, group_size: int | None = None, context: int = 128,
+        columns: int = 1, steps: int = 50, runs: int = 5, **tuning: int | bool,
+    ) -> BenchResult:  # fmt: skip
+        """Times ``runs`` batches of ``steps`` greedy steps of ``columns`` tokens at position ``context``."""
+        config = shape_config(shape)
+        matrices = shape_layouts(config, quant, group_size)
+        chosen = choose(config, self.device.facts, **tuning)
+        model = StepModel(RandomWeights(config, matrices), self.device, context + 64, tuning=chosen)
+        tokens = [CHAINED] if columns == 1 else list(range(columns))
+
+        def batch() -> None:
+            for _ in range(steps):
+                model.step(tokens, context)
+
+        try:
+            model.token(model.step(list(range(1, columns + 1)), context))
+            batch()
+            ms = statistics.median(self.device.milliseconds(batch) / steps for _ in range(runs))
+            model.wait()
+        finally:
+            model.close()
+        gigabytes = step_bytes(config, matrices, context) / 1e9
+        rate = gigabytes / ms * 1e3
+        group = matrices["layers.0.wqkv"].group_size
+        maps = generate(config, matrices, chosen).maps
+        return BenchResult(
+            shape, quant, group, context, columns, ms, columns * 1e3 / ms, gigabytes, rate, self.ceiling,
+            100 * rate / self.ceiling, self.device.name, driver_version(), commit(),
+            maps["step_one" if columns == 1 else "step_many"].stages, chosen.stage_bytes, chosen.in_flight_bytes,
+        )  # fmt: skip
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, or "unknown"."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def commit() -> str:
+    """The checkout's commit, with a + when files differ from it; "" outside a checkout."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def as_dict(result: BenchResult) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(result)
