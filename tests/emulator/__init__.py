@@ -257,7 +257,7 @@ def _cached(key_parts: Sequence[str], suffix: str) -> tuple[Path, bool]:
 
 
 def _compile(source: str, flags: Sequence[str], sanitizer: Sanitizer | None) -> Path:
-    path, ready = _cached((source, *flags), ".so")
+    path, ready = _cached((source, *flags, "runtime", *_runtime_flags(sanitizer)), ".so")
     if not ready:
         runtime = _compile_runtime(sanitizer)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -267,11 +267,15 @@ def _compile(source: str, flags: Sequence[str], sanitizer: Sanitizer | None) -> 
     return path
 
 
+def _runtime_flags(sanitizer: Sanitizer | None) -> tuple[str, ...]:
+    """Loops that move bytes must not become memcpy, which sanitizers intercept."""
+    defines = [f"-DEMULATED_{sanitizer.upper()}_SANITIZER"] if sanitizer else []
+    return ("-O3", "-fno-tree-loop-distribute-patterns", *defines)
+
+
 def _compile_runtime(sanitizer: Sanitizer | None) -> Path:
     """The emulator itself, never instrumented: it tells the sanitizer what its fibers do."""
-    defines = [f"-DEMULATED_{sanitizer.upper()}_SANITIZER"] if sanitizer else []
-    # The loops that move bytes must not become memcpy, which sanitizers intercept.
-    flags = ["-O3", "-fno-tree-loop-distribute-patterns", *defines]
+    flags = _runtime_flags(sanitizer)
     path, ready = _cached(flags, ".o")
     if not ready:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
