@@ -27,6 +27,7 @@ Order = Literal["forward", "reverse", "random"]
 FOLDER = Path(__file__).parent
 ORDERS: tuple[Order, ...] = ("forward", "reverse", "random")
 SANITIZER_EXIT_CODE = 66
+MOST_SMEM_BYTES = 232448  # 227 KiB, of compute capability 9.0
 _SANITIZER_VARIABLE = "MINFLASH_EMULATOR_SANITIZER"
 _CACHE_DAYS = 14
 _REPORT_BYTES = 1 << 16
@@ -116,8 +117,11 @@ class EmulatedModule:
             raise EmulatorError(f"no kernel {kernel!r}; the source has {', '.join(self.kernels)}")
         if threads % 32 != 0 or not 32 <= threads <= 1024:
             raise EmulatorError(f"{threads} threads: a multiple of 32 from 32 to 1024 is needed")
-        if grid < 1 or smem_bytes < 0:
-            raise EmulatorError(f"grid {grid} and {smem_bytes} bytes of shared memory: too few")
+        if grid < 1 or not 0 <= smem_bytes <= MOST_SMEM_BYTES:
+            raise EmulatorError(
+                f"grid {grid}, {smem_bytes} bytes of shared memory: at least 1 block is needed, "
+                f"and no device gives a block more than {MOST_SMEM_BYTES} bytes"
+            )
         image = args.tobytes()
         self._check_size(kernel, len(image))
         report = ctypes.create_string_buffer(_REPORT_BYTES)

@@ -46,7 +46,7 @@ struct WarpGate {
 struct Mbarrier { u64 expected : 20, pending : 20; long long bytes : 23; u64 phase : 1; };
 static_assert(sizeof(Mbarrier) == 8);
 
-struct Copy { u8* dst; const u8* src; u32 bytes; u64* mbarrier; u32 fiber; u64 number; };
+struct Copy { u8* dst; const u8* src; u32 bytes; u64* mbarrier; u32 fiber; u64 number; };   // src: what lands, perhaps a snapshot
 struct CopyArrival { u64* mbarrier; u32 fiber, remaining; u64 before; };
 
 struct Block;
@@ -73,6 +73,7 @@ struct Block {
   Context host;
   u8* smem = nullptr;
   std::vector<u64> mbarrier_set, landing;           // bits: 8-byte places that are mbarriers, 16-byte places a copy is in flight to
+  std::vector<u8> snapshot;                         // by destination: sources of copies that read theirs when issued
   std::vector<Copy> in_flight;
   std::vector<CopyArrival> arrivals;
   u64 copies = 0, random_state, order_at_exit = 0;

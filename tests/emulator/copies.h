@@ -11,7 +11,8 @@ static void check_smem(const char* what, const void* p, u64 bytes, u64 align) {
   Block& b = *block;
   u64 at = (u64)(static_cast<const u8*>(p) - b.smem);
   if (at >= b.launch.smem_bytes || bytes > b.launch.smem_bytes - at)
-    fail("%s: %llu bytes at offset %lld lie outside of the block's %llu bytes of shared memory", what, bytes, (long long)at, b.launch.smem_bytes);
+    fail("%s: %llu bytes at offset %lld lie outside of the block's %llu bytes of shared memory", what, bytes,
+         (long long)at, b.launch.smem_bytes);
   if (at % align != 0) fail("%s: offset %llu is not a multiple of %llu", what, at, align);
 }
 
@@ -48,7 +49,8 @@ void mbarrier_init(u64* p, u32 arrivals) {
 static void count_arrival(Block& b, u64* p) {
   Mbarrier& m = *reinterpret_cast<Mbarrier*>(p);
   if (m.pending == 0)
-    fail("an arrival too many at the mbarrier at offset %u: all %u of this phase came, %d bytes have not landed", smem_offset(p), (u32)m.expected, (int)m.bytes);
+    fail("an arrival too many at the mbarrier at offset %u: all %u of this phase came, %d bytes have not landed",
+         smem_offset(p), (u32)m.expected, (int)m.bytes);
   m.pending--;
   settle(b, p);
 }
@@ -91,13 +93,20 @@ static void issue(Block& b, const char* what, void* dst, const void* src, u32 by
     if (b.landing[i / 64] >> i % 64 & 1) fail("%s to offset %u, where another copy has not landed yet", what, i * 16);
     b.landing[i / 64] |= 1ull << i % 64;
   }
-  ASAN(if (__asan_region_is_poisoned(const_cast<void*>(src), bytes)) fail("%s reads %u bytes at %p, past the end of a buffer", what, bytes, src));
+  ASAN(if (__asan_region_is_poisoned(const_cast<void*>(src), bytes))
+         fail("%s reads %u bytes at %p, past the end of a buffer", what, bytes, src));
   TSAN(__tsan_read_range(const_cast<void*>(src), bytes));
   TSAN(__tsan_write_range(dst, bytes));
   typedef u64 __attribute__((may_alias)) Word;
   for (u32 i = 0; i < bytes / 8; i++) static_cast<Word*>(dst)[i] = 0x0101010101010101u * kPoison;
   Fiber& f = self();
-  b.in_flight.push_back({static_cast<u8*>(dst), static_cast<const u8*>(src), bytes, mbarrier, f.warp * 32 + f.lane, b.copies++});
+  const u8* source = static_cast<const u8*>(src);
+  if (b.random() % 2) {   // the device reads the source at any time from now on
+    u8* snapshot = b.snapshot.data() + smem_offset(dst);
+    move(snapshot, source, bytes);
+    source = snapshot;
+  }
+  b.in_flight.push_back({static_cast<u8*>(dst), source, bytes, mbarrier, f.warp * 32 + f.lane, b.copies++});
 }
 
 void copy_bulk(void* dst, const void* src, u32 bytes, u64* p) {

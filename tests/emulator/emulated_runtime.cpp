@@ -1,7 +1,8 @@
 // The emulated device: one OS thread is a block, one fiber is a CUDA thread.
 //
 // A block's fibers switch only where they wait, so a warp runs ahead until it blocks and a forgotten barrier shows
-// as a wrong result. Asynchronous copies land only while a fiber waits on an mbarrier, in random order, over poison.
+// as a wrong result. Asynchronous copies land only while a fiber waits on an mbarrier, in random order, over poison;
+// by chance they read their source when issued or when they land.
 // This program is compiled without sanitizers: to ThreadSanitizer every fiber is a thread of its own, and only the
 // barriers announced to it (TSAN lines) order their memory accesses.
 #include <cstring>
@@ -71,7 +72,7 @@ static void entry() {
 
 Block::Block(Launch& l, u32 i)
     : launch(l), index(i), live_threads(l.threads), warps(l.threads / 32), fiber(l.threads),
-      mbarrier_set(l.smem_bytes / 512 + 1), landing(l.smem_bytes / 1024 + 1),
+      mbarrier_set(l.smem_bytes / 512 + 1), landing(l.smem_bytes / 1024 + 1), snapshot(l.smem_bytes),
       random_state((l.seed + 1) * 0x9e3779b97f4a7c15u + i * 0xbf58476d1ce4e5b9u) {
   // Room for all that can be at once: fibers must not allocate, or sanitizers would see an unordered use of the heap.
   in_flight.reserve(l.smem_bytes / 16 + 1);
@@ -97,12 +98,14 @@ static std::string describe(const Block& b, const Fiber& f) {
   if (f.state == State::mbarrier) {
     const Mbarrier& m = *reinterpret_cast<const Mbarrier*>(f.mbarrier);
     snprintf(text, sizeof(text), "mbarrier at offset %u for parity %u (%u of %u arrivals missing, %d bytes to land)",
-             (u32)(reinterpret_cast<const u8*>(f.mbarrier) - b.smem), f.number, (u32)m.pending, (u32)m.expected, (int)m.bytes);
+             (u32)(reinterpret_cast<const u8*>(f.mbarrier) - b.smem), f.number, (u32)m.pending, (u32)m.expected,
+             (int)m.bytes);
   }
   if (f.state == State::spin && f.n_polled == 0) return "__nanosleep";
   if (f.state == State::spin)
     for (u32 i = 0, n = 0; i < f.n_polled; i++)
-      n += (u32)snprintf(text + n, sizeof(text) - n, "%sspin on %p, which holds %u", i ? ", " : "", (const void*)f.polled[i].p, f.polled[i].value);
+      n += (u32)snprintf(text + n, sizeof(text) - n, "%sspin on %p, which holds %u", i ? ", " : "",
+                         (const void*)f.polled[i].p, f.polled[i].value);
   return text;
 }
 
@@ -117,7 +120,8 @@ static std::string describe(const Block& b) {
     snprintf(line, sizeof(line), "block %u warp %u lanes %u-%u: %s\n", b.index, t / 32, t % 32, (end - 1) % 32, what.c_str());
     report += line;
   }
-  if (!b.in_flight.empty()) report += "block " + std::to_string(b.index) + ": " + std::to_string(b.in_flight.size()) + " copies in flight that nobody waits for\n";
+  const std::string block = "block " + std::to_string(b.index);
+  if (!b.in_flight.empty()) report += block + ": " + std::to_string(b.in_flight.size()) + " copies in flight that nobody waits for\n";
   return report;
 }
 
@@ -206,7 +210,8 @@ extern "C" __attribute__((visibility("default"))) int emulated_launch(
   std::vector<Line> aligned(args_bytes / sizeof(Line) + 1);
   memcpy(aligned.data(), args, args_bytes);
   const u32 eager = (const u32[]){0, 1u << 29, 1u << 31}[seed % 3];
-  Launch launch{kernel, aligned.data(), grid, threads, smem_bytes, Order(order), seed, (u64)(timeout_s * 1e9), allow_unlanded != 0, eager, {}};
+  const u64 timeout_ns = (u64)(timeout_s * 1e9);
+  Launch launch{kernel, aligned.data(), grid, threads, smem_bytes, Order(order), seed, timeout_ns, allow_unlanded != 0, eager, {}};
   std::vector<std::unique_ptr<Block>> blocks;
   for (u32 i = 0; i < grid; i++) blocks.push_back(std::make_unique<Block>(launch, i)), launch.blocks.push_back(blocks[i].get());
   std::vector<std::thread> running;

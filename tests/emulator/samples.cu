@@ -186,9 +186,9 @@ extern "C" __global__ void lanes(const __grid_constant__ LaneArgs args) {
 // --- Rules that a kernel can break; each must end in a report. ---------------------------------------------------------
 enum Rule {
   kOverArrival, kUnalignedCopy, kCopyOutside, kNoInit, kBarrierCounts, kCopyOverCopy, kEndInFlight, kOverrun, kMixedWarp,
-  kMissingWarp, kMissingBytes, kMissingBlock, kMissingLane, kRace, kReadPastEnd, kOwnWatchdog
+  kMissingWarp, kMissingBytes, kMissingBlock, kMissingLane, kRace, kReadPastEnd, kOwnWatchdog, kChangingSource
 };
-struct RuleArgs { int rule; u32* word; const u8* source; };
+struct RuleArgs { int rule; u32* word; u8* source; };
 extern "C" __global__ void rules(const __grid_constant__ RuleArgs args) {
   u8* smem = dynamic_smem();
   u64* barrier = reinterpret_cast<u64*>(smem);
@@ -236,6 +236,13 @@ extern "C" __global__ void rules(const __grid_constant__ RuleArgs args) {
     mbarrier_arrive_expect_tx(barrier, 128);
     cp_async_bulk(smem + 64, args.source, 128, barrier);
     while (!mbarrier_try_wait_parity(barrier, 0)) {}
+  }
+  if (rule == kChangingSource && first) {
+    mbarrier_arrive_expect_tx(barrier, 16);
+    cp_async_bulk(smem + 64, args.source, 16, barrier);
+    args.source[0] = 77;   // too late or not: the copy is on its way
+    while (!mbarrier_try_wait_parity(barrier, 0)) {}
+    args.word[0] = smem[64];
   }
   if (rule == kOwnWatchdog) {
     const u64 start = globaltimer_ns();
