@@ -1,7 +1,7 @@
 """Speed of the step kernel on named shapes with random weights: ``minflash bench``.
 
-A step's bytes are the weights it must read (the embedding counts one row) and the keys and values of
-the context. The ceiling is what plain 16-byte loads read on the same card in the same run.
+A step's bytes are the weights it must read (the embedding counts one row) and the keys and values
+of the context. The ceiling is what plain 16-byte loads read on the same card in the same run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .tuning import choose
 
 _CEILING_BYTES = 4 << 30
 _READ_KERNEL = r"""
-extern "C" __global__ void __launch_bounds__(1024, 1) read_all(const uint4* data, unsigned long long n, unsigned* sink) {
+extern "C" __global__ void __launch_bounds__(1024, 1)
+read_all(const uint4* data, unsigned long long n, unsigned* sink) {
   unsigned sum = 0;
   const unsigned long long stride = (unsigned long long)gridDim.x * blockDim.x;
   for (unsigned long long i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += 4 * stride) {
@@ -75,7 +76,9 @@ class RandomWeights:
         assert isinstance(device, CudaDevice)
         layout = self.matrices.get(name)
         if layout is None:
-            device.array(address, 4 * self._shapes[name][0]).view(cupy.float32)[:] = 1 if name.endswith("norm") else 0
+            device.array(address, 4 * self._shapes[name][0]).view(cupy.float32)[:] = (
+                1 if name.endswith("norm") else 0
+            )
             return
         nbytes = layout.row_blocks * layout.row_block_bytes
         data = device.array(address, nbytes)
@@ -113,7 +116,9 @@ class RandomWeights:
 def step_bytes(config: ModelConfig, matrices: dict[str, Layout], context: int) -> int:
     """Bytes that one step must read at position ``context``."""
     skipped = set() if config.tied else {"embed"}
-    weights = sum(m.row_blocks * m.row_block_bytes for name, m in matrices.items() if name not in skipped)
+    weights = sum(
+        m.row_blocks * m.row_block_bytes for name, m in matrices.items() if name not in skipped
+    )
     return weights + context * position_bytes(config)
 
 
@@ -128,7 +133,7 @@ def read_ceiling(device: CudaDevice) -> float:
 
     def run() -> None:
         with device.stream:
-            kernel((grid,), (1024,), (data, cupy.uint64(_CEILING_BYTES // 16), sink))
+            kernel((grid,), (1024,), (data, cupy.uint64(_CEILING_BYTES // 16), sink))  # noqa: F821
 
     device.milliseconds(run)
     best = min(device.milliseconds(run) for _ in range(7))
@@ -148,7 +153,7 @@ class Bench:
         self, shape: str, quant: str, *, group_size: int | None = None, context: int = 128,
         columns: int = 1, steps: int = 50, runs: int = 5, **tuning: int | bool,
     ) -> BenchResult:  # fmt: skip
-        """Times ``runs`` batches of ``steps`` greedy steps of ``columns`` tokens at position ``context``."""
+        """Times ``runs`` batches of ``steps`` greedy steps of ``columns`` tokens at ``context``."""
         config = shape_config(shape)
         matrices = shape_layouts(config, quant, group_size)
         chosen = choose(config, self.device.facts, **tuning)
@@ -171,9 +176,10 @@ class Bench:
         group = matrices["layers.0.wqkv"].group_size
         maps = generate(config, matrices, chosen).maps
         return BenchResult(
-            shape, quant, group, context, columns, ms, columns * 1e3 / ms, gigabytes, rate, self.ceiling,
-            100 * rate / self.ceiling, self.device.name, driver_version(), commit(),
-            maps["step_one" if columns == 1 else "step_many"].stages, chosen.stage_bytes, chosen.in_flight_bytes,
+            shape, quant, group, context, columns, ms, columns * 1e3 / ms, gigabytes, rate,
+            self.ceiling, 100 * rate / self.ceiling, self.device.name, driver_version(), commit(),
+            maps["step_one" if columns == 1 else "step_many"].stages, chosen.stage_bytes,
+            chosen.in_flight_bytes,
         )  # fmt: skip
 
 
@@ -188,7 +194,13 @@ def driver_version() -> str:
 def commit() -> str:
     """The checkout's commit, with a + when files differ from it; "" outside a checkout."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()

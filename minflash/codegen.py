@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +28,15 @@ _ALIGN = 256  # bytes, of every tensor on the device
 _ABSENT = 0xFFFFFFFFFFFFFFFF
 _KINDS = {"bf16": "kBf16", "fp16": "kFp16", "fp8": "kFp8", "int8": "kInt8", "int4": "kInt4"}
 _LAYER_MATRICES = ("wqkv", "wo", "w_gate_up", "w_down")
-_LAYER_VECTORS = ("attn_norm", "wqkv_bias", "q_norm", "k_norm", "wo_bias", "ffn_norm", "w_gate_up_bias",
-                  "w_down_bias")  # fmt: skip
+_LAYER_VECTORS = (
+    "attn_norm", "wqkv_bias", "q_norm", "k_norm", "wo_bias", "ffn_norm", "w_gate_up_bias",
+    "w_down_bias",
+)  # fmt: skip
 
 
 def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
     """The launch arguments of both kernels, laid out as C lays out a struct."""
-    fields = [
+    fields: list[tuple[Any, ...]] = [
         ("weights", "u8*"), ("kv_cache", "u8*"), ("workspace", "u8*"),
         ("mailbox", "u64*"),  # host memory: ticket << 32 | token
         ("alarm", "u32*"),  # host memory [8]: kind, block, phase, expected, seen
@@ -50,11 +53,15 @@ def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
     ]  # fmt: skip
     columns = [(f[0], _NUMPY_TYPES[f[1]], *f[2:]) for f in fields]
     metadata = {"c": [(f[1], f[0], f[2][0] if len(f) > 2 else 0) for f in fields]}
-    return np.dtype(np.dtype(columns, align=True), metadata=metadata)  # type: ignore[call-overload,no-any-return]
+    packed: Any = np.dtype(columns, align=True)
+    described: np.dtype[np.void] = np.dtype(packed, metadata=metadata)
+    return described
 
 
-_NUMPY_TYPES = {"u8*": "u8", "u64*": "u8", "u32*": "u8", "u64": "u8", "double": "f8", "float": "f4", "int": "i4",
-                "u32": "u4"}  # fmt: skip
+_NUMPY_TYPES = {
+    "u8*": "u8", "u64*": "u8", "u32*": "u8", "u64": "u8", "double": "f8", "float": "f4",
+    "int": "i4", "u32": "u4",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,9 @@ def generate(
     workspace = _workspace(config, tuning)
     constants = "\n".join([
         "#pragma once", '#include "tensor.cuh"',
-        _tuning_constants(tuning, maps), _model_constants(config, kv_type), _tensor_constants(config, layouts, weights, tuning),
-        _args_struct(args), *(_map_struct(n, m) for n, m in zip(("MapOne", "MapMany"), maps.values(), strict=True)),
+        _tuning_constants(tuning, maps), _model_constants(config, kv_type),
+        _tensor_constants(config, layouts, weights, tuning), _args_struct(args),
+        *(_map_struct(n, m) for n, m in zip(("MapOne", "MapMany"), maps.values(), strict=True)),
         _workspace_struct(workspace),
     ])  # fmt: skip
     source = join_sources(resource_dir("cuda"), "step.cu", {"config.cuh": constants})
@@ -108,7 +116,7 @@ def generate(
 
 
 def join_sources(folder: Path, root: str, generated: Mapping[str, str]) -> str:
-    """``root`` with every ``#include "..."`` of the folder pasted in once, and ``#line`` around it."""
+    """``root`` with every ``#include "..."`` of the folder pasted in once, ``#line`` around it."""
     seen: set[str] = set()
 
     def paste(name: str) -> str:
@@ -128,7 +136,10 @@ def join_sources(folder: Path, root: str, generated: Mapping[str, str]) -> str:
 
 def weight_map(config: ModelConfig, matrices: Mapping[str, Layout]) -> WeightMap:
     """Offsets of all tensors in the arena, in file order, each aligned to 256 bytes."""
-    sizes = {name: _tensor_bytes(name, shape, matrices) for name, shape in expected_tensors(config).items()}
+    sizes = {
+        name: _tensor_bytes(name, shape, matrices)
+        for name, shape in expected_tensors(config).items()
+    }
     offsets, end = {}, 0
     for name, nbytes in sizes.items():
         offsets[name] = end
@@ -145,22 +156,35 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], matrices: Mapping[str, Layo
 
 def _check(config: ModelConfig, matrices: Mapping[str, Layout]) -> None:
     if config.head_dim not in (64, 96, 128):
-        raise DeviceError(f"the kernel supports head_dim 64, 96 and 128, this model has {config.head_dim}; use device='cpu'")
+        raise DeviceError(
+            f"the kernel supports head_dim 64, 96 and 128, this model has {config.head_dim}; "
+            "use device='cpu'"
+        )
     for key in ("dim", "hidden_dim"):
         if getattr(config, key) % 32:
-            raise DeviceError(f"the kernel needs {key} to be a multiple of 32, found {getattr(config, key)}; use device='cpu'")
+            raise DeviceError(
+                f"the kernel needs {key} to be a multiple of 32, found {getattr(config, key)}; "
+                "use device='cpu'"
+            )
     for name, layout in matrices.items():
         if layout.type not in _KINDS:
-            raise DeviceError(f"tensor {name} has type {layout.type}; the kernel supports {', '.join(_KINDS)}: convert with --quant")
+            raise DeviceError(
+                f"tensor {name} has type {layout.type}; the kernel supports {', '.join(_KINDS)}: "
+                "convert with --quant"
+            )
         kind = name.rpartition(".")[2]
         if name.startswith("layers.") and layout != matrices[f"layers.0.{kind}"]:
-            raise DeviceError(f"tensor {name} is stored differently from layer 0's; the kernel needs all layers alike: convert with --quant")
+            raise DeviceError(
+                f"tensor {name} is stored differently from layer 0's; the kernel needs all layers "
+                "alike: convert with --quant"
+            )
 
 
 def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
     return "\n".join([
-        f"constexpr int kWarps = {tuning.warps}, kConsumers = {32 * tuning.warps}, kThreads = {32 * tuning.warps + 32};",
-        f"constexpr int kStageBytes = {tuning.stage_bytes}, kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
+        f"constexpr int kWarps = {tuning.warps}, kConsumers = {32 * tuning.warps};",
+        f"constexpr int kThreads = {32 * tuning.warps + 32}, kStageBytes = {tuning.stage_bytes};",
+        f"constexpr int kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
         f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",
         f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)};",
         f"constexpr u32 kAlarmGridBarrier = {ALARM_GRID_BARRIER}, kAlarmRing = {ALARM_RING};",
@@ -176,8 +200,9 @@ def _model_constants(config: ModelConfig, kv_type: str) -> str:
         window = "return kWindows[layer];"
     return f"""constexpr bool kKvBf16 = {_bool(kv_type == "bf16")};
 namespace model {{
-constexpr int kDim = {config.dim}, kHiddenDim = {config.hidden_dim}, kHeadDim = {config.head_dim}, kLayers = {config.n_layers};
-constexpr int kHeads = {config.n_heads}, kKvHeads = {config.n_kv_heads}, kVocab = {config.vocab_size};
+constexpr int kDim = {config.dim}, kHiddenDim = {config.hidden_dim}, kHeadDim = {config.head_dim};
+constexpr int kLayers = {config.n_layers}, kHeads = {config.n_heads};
+constexpr int kKvHeads = {config.n_kv_heads}, kVocab = {config.vocab_size};
 constexpr float kNormEps = {np.float32(config.norm_eps)!s}f, kScoreScale = {scale!s}f;
 constexpr bool kQkNorm = {_bool(config.qk_norm)};
 {table}
@@ -190,12 +215,19 @@ def _tensor_constants(
     config: ModelConfig, layouts: Mapping[str, Layout], weights: WeightMap, tuning: Tuning
 ) -> str:
     names = {"embed": "embed", "head": "embed" if config.tied else "lm_head"}
-    lines = [f"constexpr u64 kAbsent = {_ABSENT}ull, kLayers = {weights.layers}ull, kLayerBytes = {weights.layer_bytes}ull;"]
+    lines = [
+        f"constexpr u64 kAbsent = {_ABSENT}ull;",
+        f"constexpr u64 kLayers = {weights.layers}ull, kLayerBytes = {weights.layer_bytes}ull;",
+    ]
     for kind, layout in layouts.items():
-        base = weights.offsets[names[kind]] if kind in names else weights.offsets[f"layers.0.{kind}"] - weights.layers
+        base = (
+            weights.offsets[names[kind]]
+            if kind in names
+            else weights.offsets[f"layers.0.{kind}"] - weights.layers
+        )
         lines.append(
-            f"constexpr Matrix {kind}{{{base}ull, {layout.rows}, {layout.cols}, Type::{_KINDS[layout.type]}, "
-            f"{layout.group_size}, {chunk_tiles(layout, tuning)}}};"
+            f"constexpr Matrix {kind}{{{base}ull, {layout.rows}, {layout.cols}, "
+            f"Type::{_KINDS[layout.type]}, {layout.group_size}, {chunk_tiles(layout, tuning)}}};"
         )
     for kind in _LAYER_VECTORS:
         name = f"layers.0.{kind}"
@@ -207,22 +239,30 @@ def _tensor_constants(
 
 def _args_struct(args: np.dtype[np.void]) -> str:
     assert args.metadata is not None
-    members = [f"  {c_type} {name}{f'[{count}]' if count else ''};" for c_type, name, count in args.metadata["c"]]
-    check = f'static_assert(sizeof(StepArgs) == {args.itemsize}, "StepArgs differs from step_args_dtype");'
+    members = [
+        f"  {c_type} {name}{f'[{count}]' if count else ''};"
+        for c_type, name, count in args.metadata["c"]
+    ]
+    size = f"sizeof(StepArgs) == {args.itemsize}"
+    check = f'static_assert({size}, "StepArgs differs from step_args_dtype");'
     return "\n".join(["struct StepArgs {", *members, "};", check])
 
 
 def _map_struct(name: str, m: SharedMap) -> str:
     return f"""struct {name} {{
-  static constexpr int kColumns = {m.columns}, kStages = {m.stages}, kPanelCols = {m.panel_cols}, kColumnStride = {m.column_stride};
-  static constexpr int kWindow = {m.window}, kSlots = {m.slots}, kStageData = {m.stage_data}, kScratch = {m.scratch};
-  static constexpr int kSums = {m.sums}, kPartials = {m.partials}, kReduce = {m.reduce}, kTotalBytes = {m.total_bytes};
+  static constexpr int kColumns = {m.columns}, kStages = {m.stages}, kWindow = {m.window};
+  static constexpr int kPanelCols = {m.panel_cols}, kColumnStride = {m.column_stride};
+  static constexpr int kSlots = {m.slots}, kStageData = {m.stage_data}, kScratch = {m.scratch};
+  static constexpr int kSums = {m.sums}, kPartials = {m.partials}, kReduce = {m.reduce};
+  static constexpr int kTotalBytes = {m.total_bytes};
 }};"""
 
 
-_WORKSPACE_TYPES = {"barrier": "u32", "abandoned": "u32", "next_token": "u32", "arrivals": "u32", "candidates": "struct Candidate",
-                    "residual": "float", "qkv": "float", "attended": "u16", "hidden": "u16", "logits": "float",
-                    "partials": "float"}  # fmt: skip
+_WORKSPACE_TYPES = {
+    "barrier": "u32", "abandoned": "u32", "next_token": "u32", "arrivals": "u32",
+    "candidates": "struct Candidate", "residual": "float", "qkv": "float", "attended": "u16",
+    "hidden": "u16", "logits": "float", "partials": "float",
+}  # fmt: skip
 
 
 def _max_teams(config: ModelConfig) -> int:
@@ -252,11 +292,15 @@ def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
 
 def _workspace_struct(workspace: Mapping[str, int]) -> str:
     members = [
-        f"  __device__ __forceinline__ {c_type}* {name}() const {{ return ({c_type}*)(args.workspace + {workspace[name]}); }}"
+        f"  __device__ __forceinline__ {c_type}* {name}() const {{ "
+        f"return ({c_type}*)(args.workspace + {workspace[name]}); }}"
         for name, c_type in _WORKSPACE_TYPES.items()
     ]
-    head = ["struct Workspace {", "  const StepArgs& args;",
-            "  __device__ __forceinline__ explicit Workspace(const StepArgs& args) : args(args) {}"]  # fmt: skip
+    head = [
+        "struct Workspace {",
+        "  const StepArgs& args;",
+        "  __device__ __forceinline__ explicit Workspace(const StepArgs& args) : args(args) {}",
+    ]
     return "\n".join([*head, *members, "};"])
 
 

@@ -1,4 +1,7 @@
-"""A GPU as the step needs it: memory, copies, one kernel launch. CuPy is imported here and in probe.py only."""
+"""A GPU as the step needs it: memory, copies, one kernel launch.
+
+CuPy is imported here and in probe.py only.
+"""
 
 from __future__ import annotations
 
@@ -98,9 +101,13 @@ class CudaDevice:
         return array, int(memory.ptr)
 
     def build(self, program: Program) -> Mapping[str, Launch]:
-        arch = f"sm_{self.facts.compute_capability}" + ("a" if self.facts.compute_capability >= 90 else "")
+        arch = f"sm_{self.facts.compute_capability}" + (
+            "a" if self.facts.compute_capability >= 90 else ""
+        )
         module = self._cupy.RawModule(code=program.source, options=("-std=c++20", f"-arch={arch}"))
-        return {name: self._launcher(module.get_function(name), program, name) for name in program.maps}
+        return {
+            name: self._launcher(module.get_function(name), program, name) for name in program.maps
+        }
 
     def _launcher(self, kernel: Any, program: Program, name: str) -> Launch:
         from cupy_backends.cuda.api import driver
@@ -136,7 +143,9 @@ class CudaDevice:
     def array(self, address: int, nbytes: int) -> Any:
         """Device memory as a CuPy array of uint8."""
         memory = self._cupy.cuda.UnownedMemory(address, nbytes, self)
-        return self._cupy.ndarray((nbytes,), self._cupy.uint8, self._cupy.cuda.MemoryPointer(memory, 0))
+        return self._cupy.ndarray(
+            (nbytes,), self._cupy.uint8, self._cupy.cuda.MemoryPointer(memory, 0)
+        )
 
     def free_bytes(self) -> int:
         return int(self._cupy.cuda.runtime.memGetInfo()[0])

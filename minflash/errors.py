@@ -8,7 +8,7 @@ class MinflashError(Exception):
 
 
 class ConfigError(MinflashError, ValueError):
-    """A model's config.json cannot be used: a missing key, an absurd number, an unsupported feature."""
+    """A model's config.json cannot be used: a missing key, an absurd number, or unsupported."""
 
 
 class CheckpointError(MinflashError, ValueError):

@@ -7,7 +7,7 @@ from .errors import ArgumentError
 from .packing import GROUP_SIZES, GROUPED_TYPES, Layout
 from .tensors import expected_tensors
 
-# dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_context, tied, rope_theta
+# dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_context, tied, theta
 _SHAPES = {
     "smollm2-135m": (576, 1536, 64, 30, 9, 3, 49152, 8192, True, 1e5),
     "llama-3.2-1b": (2048, 8192, 64, 16, 32, 8, 128256, 131072, True, 5e5),
@@ -30,7 +30,7 @@ def shape_config(name: str) -> ModelConfig:
 
 
 def shape_layouts(config: ModelConfig, quant: str, group_size: int | None) -> dict[str, Layout]:
-    """{name: Layout} of all matrices when converted with ``--quant quant``: int4 has an int8 head."""
+    """{name: Layout} of all matrices converted with ``--quant quant``: int4 has an int8 head."""
     shapes = {name: s for name, s in expected_tensors(config).items() if len(s) == 2}
     widest = max(g for g in GROUP_SIZES if all(cols % g == 0 for _, cols in shapes.values()))
     group = (group_size or (64 if quant == "int4" else widest)) if quant in GROUPED_TYPES else 0

@@ -87,7 +87,11 @@ class StepModel:
         self._mailbox, self._alarm = mailbox.view(np.uint64), alarm.view(np.uint32)
         self._ticket = self._arrivals = 0
         args = np.zeros((), self.program.args)
-        args["weights"], args["kv_cache"], args["workspace"] = self._weights, self._kv_cache, self._workspace
+        args["weights"], args["kv_cache"], args["workspace"] = (
+            self._weights,
+            self._kv_cache,
+            self._workspace,
+        )
         args["alarm"], args["watchdog_ns"] = alarm_address, watchdog_ns
         args["kv_layer_bytes"] = kv_bytes // config.n_layers
         args["max_blocks"] = self._max_blocks
@@ -99,11 +103,15 @@ class StepModel:
         if weights + kv_cache + workspace <= free:
             return
         room = (free - weights - workspace) // position_bytes(self.config) - 2 * _BLOCK_POSITIONS
-        way_out = f"the largest context that fits is {room}" if room > 0 else "take a smaller model or --quant int4"
+        way_out = (
+            f"the largest context that fits is {room}"
+            if room > 0
+            else "take a smaller model or --quant int4"
+        )
         raise DeviceError(
-            f"the GPU has too little memory: needs {weights / 1e9:.2f} GB for weights, {kv_cache / 1e9:.2f} GB for "
-            f"a context of {self.max_context} positions and {workspace / 1e9:.2f} GB of workspace; {free / 1e9:.2f} GB "
-            f"are free; {way_out}"
+            f"the GPU has too little memory: needs {weights / 1e9:.2f} GB for weights, "
+            f"{kv_cache / 1e9:.2f} GB for a context of {self.max_context} positions and "
+            f"{workspace / 1e9:.2f} GB of workspace; {free / 1e9:.2f} GB are free; {way_out}"
         )
 
     def step(
@@ -118,15 +126,17 @@ class StepModel:
     ) -> int:
         """Launches one step and returns its ticket; does not wait.
 
-        tokens: 1 to 8 token ids at ``position`` and after it, or [CHAINED]. length: of the sequence that
-        RoPE is for (default: up to the last token). head: compute logits and choose a token. logits: keep
-        the logits of all columns. Raises ContextError past the end of the cache.
+        tokens: 1 to 8 token ids at ``position`` and after it, or [CHAINED]. length: of the sequence
+        that RoPE is for (default: up to the last token). head: compute logits and choose a token.
+        logits: keep the logits of all columns. Raises ContextError past the end of the cache.
         """
         n = len(tokens)
         if not 1 <= n <= MANY_COLUMNS:
             raise AssertionError(f"a step takes 1 to {MANY_COLUMNS} tokens, not {n}")
         if position + n > self.max_context:
-            raise ContextError(f"position {position + n - 1} is past the context of {self.max_context} positions")
+            raise ContextError(
+                f"position {position + n - 1} is past the context of {self.max_context} positions"
+            )
         self._set_rope(length or position + n)
         self._ticket = (self._ticket + 1) & 0xFFFFFFFF
         args = self._args
@@ -142,7 +152,7 @@ class StepModel:
         return self._ticket
 
     def token(self, ticket: int) -> int:
-        """Waits for the token that the step ``ticket`` chose. Raises DeviceError when a wait in it timed out."""
+        """Waits for the token that the step ``ticket`` chose; DeviceError if a wait timed out."""
         slot = ticket % _MAILBOX_SLOTS
         deadline = time.monotonic() + _STALL_SECONDS
         while int(self._mailbox[slot]) >> 32 != ticket or self._alarm[0]:
@@ -161,7 +171,7 @@ class StepModel:
             self._report_alarm()
 
     def read_logits(self, n_columns: int) -> NDArray[np.float32]:
-        """Logits float32 [n_columns, vocab_size] of the last step with logits=True; waits for it."""
+        """Logits float32 [n_columns, vocab_size] of the last step with logits=True; waits."""
         self.wait()
         logits = np.empty((n_columns, self.config.vocab_size), np.float32)
         self.device.download(self._workspace + self.program.workspace["logits"], logits)
@@ -174,8 +184,12 @@ class StepModel:
 
     def _set_rope(self, length: int) -> None:
         config = self.config
-        inverse, scaling = rope.frequencies(config.rope, config.head_dim, length, config.max_context)
-        self._args["rope_turns"] = np.array([int(math.ldexp(f / (2 * math.pi), 64)) for f in inverse], np.uint64)
+        inverse, scaling = rope.frequencies(
+            config.rope, config.head_dim, length, config.max_context
+        )
+        self._args["rope_turns"] = np.array(
+            [int(math.ldexp(f / (2 * math.pi), 64)) for f in inverse], np.uint64
+        )
         self._args["rope_scale"] = scaling
 
     def _set_sampling(self, sampling: Sampling) -> None:
@@ -192,10 +206,12 @@ class StepModel:
         self._alarm[:] = 0
         self.device.clear(self._workspace, self.program.workspace["residual"])  # barrier, arrivals
         self._arrivals = 0
+        limit = int(self._args["watchdog_ns"]) / 1e9
         what = "grid barrier" if kind == ALARM_GRID_BARRIER else "stage of the ring"
         raise DeviceError(
-            f"a wait in the step kernel took longer than {int(self._args['watchdog_ns']) / 1e9:g} s: {what}, block {block}, "
-            f"phase {phase}, expected {expected}, seen {seen}; the step was abandoned, the model can be used again"
+            f"a wait in the step kernel took longer than {limit:g} s: {what}, block {block}, "
+            f"phase {phase}, expected {expected}, seen {seen}; the step was abandoned, the model "
+            "can be used again"
         )
 
 

@@ -1,6 +1,7 @@
-"""Tuning: how the step kernel divides shared memory and work, by stated rules from the device's attributes.
+"""Tuning: how the step kernel divides shared memory and work.
 
-Nothing here changes a result beyond the order of sums. Never a table of card names.
+The rules read the device's attributes, never a table of card names. Nothing here changes a result
+beyond the order of sums.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Tuning:
     warps: int = 8  # consumer warps
     stages: int = 24  # most stages of the ring; a kernel takes fewer where memory is short
     stage_bytes: int = 8192
-    in_flight_bytes: int = 40960  # most bytes of copies that have not landed, see docs/experiments.md
+    in_flight_bytes: int = (
+        40960  # most bytes of copies that have not landed, see docs/experiments.md
+    )
     bulk_copy: bool = True  # cp.async.bulk, sm_90 and newer; else cp.async
     grid: int = 132  # blocks
     shared_bytes: int = 232448
@@ -95,8 +98,8 @@ def shared_map(
         if found is not None:
             return found
     raise DeviceError(
-        f"the kernel for {columns} columns does not fit into {tuning.shared_bytes} bytes of shared memory: "
-        f"{tuning.warps} stages of {tuning.stage_bytes} bytes and its activations need more"
+        f"the kernel for {columns} columns does not fit into {tuning.shared_bytes} bytes of shared "
+        f"memory: {tuning.warps} stages of {tuning.stage_bytes} bytes and its activations need more"
     )
 
 
