@@ -165,7 +165,7 @@ def test_f32_functions() -> None:
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
 def test_lanes(order: Order) -> None:
-    out, lane = np.zeros((12, 32), np.uint64), np.arange(32)
+    out, lane = np.zeros((13, 32), np.uint64), np.arange(32)
     module().launch("lanes", 1, 32, 16, arguments(out=out), order=order)
     expected = [
         np.full(32, 15),
@@ -186,6 +186,8 @@ def test_lanes(order: Order) -> None:
         assert out[9, i] == bits | (i << 27 & 0xFFFFFFFF) * 64 >> 32 << 24
     assert (out[10] == 496 << 33).all()
     assert (out[11] == 31 * 7).all()
+    halves = out[12].astype(np.uint32).view(np.uint16).reshape(8, 8)
+    np.testing.assert_array_equal(halves, np.arange(64).reshape(8, 8).T)
 
 
 @pytest.mark.parametrize(

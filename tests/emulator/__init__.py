@@ -107,7 +107,8 @@ class EmulatedModule:
     ) -> None:
         """Run ``kernel`` to its end with ``args`` (0-d or one element, structured) by value.
 
-        ``order`` is the order in which the warps of a block, and the lanes of a warp, are visited.
+        ``order`` is the order in which the warps of a block, and the lanes of a warp, are visited;
+        a warp runs ahead until it blocks, but in the random order others may come in between.
         ``seed`` sets the order in which copies land; ``seed % 3`` how eagerly: only when nobody can
         run (0), sometimes earlier (1), often earlier (2). ``timeout_s`` is how long every block may
         be stuck before the launch ends with a report. ``allow_unlanded`` accepts copies that are

@@ -78,7 +78,7 @@ static WarpGate& find_gate(Block& b, u32 warp, u32 mask) {
 }
 
 static const char* name(Exchange e) {
-  return (const char*[]){"__syncwarp", "a shuffle", "a vote", "mma bf16", "mma f16"}[(u32)e];
+  return (const char*[]){"__syncwarp", "a shuffle", "a vote", "mma bf16", "mma f16", "movmatrix"}[(u32)e];
 }
 
 const Slot* exchange(u32 mask, Exchange what, const u32* mine, u32 words) {

@@ -62,6 +62,7 @@ void mbarrier_arrive(u64* p, u32 expect_bytes) {
   TSAN(__tsan_release(p));
   m.bytes += expect_bytes;
   count_arrival(*block, p);
+  let_others_run(*block);
 }
 
 bool mbarrier_wait(u64* p, u32 parity) {

@@ -276,6 +276,14 @@ inline void mma_m16n8k16_f16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 
   emulated::mma(emulated::Exchange::mma_f16, c, a0, a1, a2, a3, b0, b1);
 }
 
+// The pairs of a warp are an 8 x 8 matrix, lane 4 row + col / 2; gives each lane its pair of the transposed one.
+inline u32 movmatrix_trans(u32 pair) {
+  const emulated::Slot* all = emulated::exchange(0xffffffffu, emulated::Exchange::movmatrix, &pair, 1);
+  const u32 row = emulated::lane() / 4, col = emulated::lane() % 4 * 2;
+  auto at = [&](u32 r, u32 c) { return all[r * 4 + c / 2].word[0] >> c % 2 * 16 & 0xffff; };
+  return at(col, row) | at(col + 1, row) << 16;
+}
+
 inline u32 cvt_rn_bf16x2(float lo, float hi) { return emulated::bf16_of_f32(lo) | emulated::bf16_of_f32(hi) << 16; }
 inline u32 cvt_rn_f16x2(float lo, float hi) { return emulated::f16_of_f32(lo) | emulated::f16_of_f32(hi) << 16; }
 inline float cvt_f32_f16(u32 half) { return emulated::f32_of_f16(half & 0xffff); }

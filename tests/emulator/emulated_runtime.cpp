@@ -1,7 +1,7 @@
 // The emulated device: one OS thread is a block, one fiber is a CUDA thread.
 //
 // A block's fibers switch only where they wait, so a warp runs ahead until it blocks and a forgotten barrier shows
-// as a wrong result. Asynchronous copies land only while a fiber waits on an mbarrier, in random order, over poison;
+// as a wrong result; in the random order they also switch after arrivals and atomics. Asynchronous copies land only while a fiber waits on an mbarrier, in random order, over poison;
 // by chance they read their source when issued or when they land.
 // This program is compiled without sanitizers: to ThreadSanitizer every fiber is a thread of its own, and only the
 // barriers announced to it (TSAN lines) order their memory accesses.
@@ -34,6 +34,7 @@ void after_poll(const u32* p, u32 seen) {
 void progress() {
   self().n_polled = 0;
   step(*block);
+  let_others_run(*block);
 }
 void pause() {
   wait(*block, State::spin);

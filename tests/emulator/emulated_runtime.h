@@ -23,7 +23,7 @@ void named_barrier(int id, int threads);
 void warp_barrier(u32 mask);
 
 // Every lane of `mask` gives a slot and then sees the slots of all lanes. No memory order follows from it.
-enum class Exchange : u32 { warp_barrier, shuffle, vote, mma_bf16, mma_f16 };
+enum class Exchange : u32 { warp_barrier, shuffle, vote, mma_bf16, mma_f16, movmatrix };
 struct Slot { u32 word[10]; };   // mma: a0..a3, b0, b1, c0..c3, the sums come back in c
 const Slot* exchange(u32 mask, Exchange what, const u32* mine, u32 words);
 

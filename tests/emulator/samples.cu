@@ -2,7 +2,7 @@
 
 // --- Two chained products, weights through a ring that runs on across the grid barrier between them. -------------------
 // y = W1 relu(W0 x). A chunk is 8 rows x 64 columns of bf16; weights are [rows / 8][cols / 64][8][64].
-enum Bug { kNoBug, kNoGridBarrier, kNoWait, kNoEmptyWait, kPartialsNotPublished };
+enum Bug { kNoBug, kNoGridBarrier, kNoWait, kNoEmptyWait, kPartialsNotPublished, kEarlyRelease };
 struct PipelineArgs {
   const u16* weights[2];
   const u16* x;
@@ -75,10 +75,11 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1) pipeline(const 
     for (; next < begin + mine * chunks; next += kWarps) {
       const int s = next % args.stages, i = next - begin;
       if (args.bug != kNoWait) wait_parity(&ring.full[s], next / args.stages & 1);
+      if (args.bug == kEarlyRelease && lane == 0) mbarrier_arrive(&ring.empty[s]);
       float acc[4] = {};
       multiply_chunk(acc, reinterpret_cast<const u16*>(PipelineShared::stage(s)), x + i % chunks * 64);
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&ring.empty[s]);
+      if (args.bug != kEarlyRelease && lane == 0) mbarrier_arrive(&ring.empty[s]);
       float* to = partials + (i / chunks * kWarps + warp) * 8 + lane * 2;
       if (lane < 4) to[0] += acc[0], to[1] += acc[1];
       __syncwarp();
@@ -181,6 +182,7 @@ extern "C" __global__ void lanes(const __grid_constant__ LaneArgs args) {
   __syncwarp();
   out[10 * 32] = sum[0];
   out[11 * 32] = sum[1];
+  out[12 * 32] = movmatrix_trans(lane * 2 | (lane * 2 + 1) << 16);
 }
 
 // --- Rules that a kernel can break; each must end in a report. ---------------------------------------------------------

@@ -13,7 +13,14 @@ from . import FOLDER, EmulatedModule, Order
 PTX = Path(__file__).parents[2] / "cuda" / "ptx.cuh"
 Array = np.ndarray[Any, Any]
 
-BUGS = ("none", "no_grid_barrier", "no_wait", "no_empty_wait", "partials_not_published")
+BUGS = (
+    "none",
+    "no_grid_barrier",
+    "no_wait",
+    "no_empty_wait",
+    "partials_not_published",
+    "early_release",
+)
 CONVERSIONS = ("f16_f32", "e4m3_f16", "f32_f16", "f32_bf16", "exp2", "sinpi", "rsqrt")
 RULES = (
     *("over_arrival", "unaligned_copy", "copy_outside", "no_init", "barrier_counts"),

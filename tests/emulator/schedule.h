@@ -108,7 +108,8 @@ static Fiber* choose(Block& b) {
     if (!b.in_flight.empty() && anyone_waits(b)) land_one(b);
     else if (!wake_spinners(b, false)) idle(b);
   }
-  u32 warp = b.ready[me.warp] != 0 ? me.warp : pick(b, b.ready_warps, me.warp);
+  const bool greedy = b.launch.order != Order::random || b.random() % 4 != 0;
+  u32 warp = b.ready[me.warp] != 0 && greedy ? me.warp : pick(b, b.ready_warps, me.warp);
   u32 lane = pick(b, b.ready[warp], me.lane);
   return &b.fiber[warp * 32 + lane];
 }
@@ -120,6 +121,11 @@ static void run_next(Block& b, bool last = false) {
   if (next == &me) return;
   current = next;
   switch_context(me.context, next->context, last);
+}
+
+// In the random order others may run after what this fiber has just told them, although it could go on.
+static void let_others_run(Block& b) {
+  if (b.launch.order == Order::random && b.random() % 4 == 0) run_next(b);
 }
 
 // The current fiber stops here until somebody makes it ready.
