@@ -29,7 +29,9 @@ def fp32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 def _fp8_table() -> NDArray[np.float32]:
     codes = np.arange(256)
     exponent, mantissa = (codes >> 3) & 15, codes & 7
-    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    magnitude = np.where(
+        exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0)
+    )
     magnitude[(codes & 0x7F) == 0x7F] = np.nan
     return np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
 
@@ -44,9 +46,15 @@ def fp8_to_fp32(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def fp32_to_fp8(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """float32 [...] -> e4m3 codes [...], rounded to nearest even, saturating at +-448."""
-    magnitude = np.minimum(np.abs(values), np.float32(FP8_MAX))
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, -6)  # the exponent whose mantissa step applies
-    step = np.ldexp(np.float32(1), exponent - 3)
-    rounded = np.rint(magnitude / step) * step
-    codes = np.searchsorted(FP8_VALUES[:127], rounded).astype(np.uint8)
-    return codes | (np.signbit(values).astype(np.uint8) << 7)
+    values = np.asarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    magnitude = np.minimum(bits & 0x7FFFFFFF, np.float32(FP8_MAX).view(np.uint32))
+    # From 2^-6 on a code is the upper bits of the float32, less the difference of the exponents'
+    # biases; below, codes count steps of 2^-9, which is what the last bit of 2^14 + x stands for.
+    normal = ((magnitude + 0x7FFFF + (magnitude >> 20 & 1)) >> 20) - ((127 - 7) << 3)
+    counted = (magnitude.view(np.float32) + np.float32(2**14)).view(np.uint32)
+    below = magnitude < np.float32(2**-6).view(np.uint32)
+    codes: NDArray[np.uint8] = np.where(below, counted, normal).astype(np.uint8)  # the low byte
+    codes[np.isnan(values)] = 0x7F
+    codes |= (bits >> 24 & 0x80).astype(np.uint8)
+    return codes

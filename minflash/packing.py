@@ -1,7 +1,7 @@
-"""The layout of a matrix inside the weight file, and its inverse. docs/format.md describes it in full.
+"""The layout of a matrix inside the weight file, and its inverse; docs/format.md has it in full.
 
-A matrix [rows, cols] is cut into row blocks of 16 rows and each row block into tiles. A tile is what
-one warp multiplies without looking elsewhere: its codes in the order in which the lanes of
+A matrix [rows, cols] is cut into row blocks of 16 rows and each row block into tiles. A tile is
+what one warp multiplies without looking elsewhere: its codes in the order in which the lanes of
 ``mma.m16n8k16`` consume them, then the scales (and biases) of its groups. Tiles of a row block are
 contiguous along the columns, so that any range of columns is one range of bytes.
 
@@ -10,7 +10,9 @@ Rows and columns are padded with zeros: rows to 16, columns to the width of a ti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +26,12 @@ TYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
 GROUPED_TYPES = ("fp8", "int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 INT8_ZERO = 128  # int8 codes are stored as q + 128
+_CACHED_VALUES = 1 << 16  # values of one part of a large matrix
 
-_CODE_DTYPE = {"fp32": np.uint32, "bf16": np.uint16, "fp16": np.uint16, "fp8": np.uint8, "int8": np.uint8,
-               "int4": np.uint8}  # fmt: skip
+_CODE_DTYPE = {
+    "fp32": np.uint32, "bf16": np.uint16, "fp16": np.uint16, "fp8": np.uint8, "int8": np.uint8,
+    "int4": np.uint8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class Layout:
             raise CheckpointError(f"type {self.type!r} is not one of {', '.join(TYPES)}")
         allowed = GROUP_SIZES if self.type in GROUPED_TYPES else (0,)
         if self.group_size not in allowed:
-            raise CheckpointError(f"group size {self.group_size} is not allowed for {self.type}: {allowed}")
+            raise CheckpointError(
+                f"group size {self.group_size} is not allowed for {self.type}: {allowed}"
+            )
         if self.rows < 1 or self.cols < 1:
             raise CheckpointError(f"a matrix of {self.rows} x {self.cols} is empty")
 
@@ -87,7 +94,7 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """Groups of one row, those that only hold padding not counted; 0 for types without groups."""
+        """Groups of one row that hold more than padding; 0 for types without groups."""
         return -(-self.cols // self.group_size) if self.group_size else 0
 
 
@@ -109,7 +116,7 @@ class Matrix:
 
 
 def dequantize(matrix: Matrix) -> NDArray[np.float32]:
-    """The matrix's values as float32 [rows, cols]; products are exact, int4 sums are rounded once."""
+    """The matrix's values, float32 [rows, cols]; products are exact, int4 sums are rounded once."""
     layout, codes = matrix.layout, matrix.codes
     if layout.type == "fp32":
         return codes.view(np.float32)
@@ -118,15 +125,18 @@ def dequantize(matrix: Matrix) -> NDArray[np.float32]:
     if layout.type == "fp16":
         return codes.view(np.float16).astype(np.float32)
     assert matrix.scales is not None
-    if layout.type == "fp8":
-        values = fp8_to_fp32(codes.astype(np.uint8, copy=False))
-    else:
-        values = codes.astype(np.float32)
-        if layout.type == "int8":
-            values -= INT8_ZERO
-    values *= _per_column(matrix.scales, layout)
-    if matrix.biases is not None:
-        values += _per_column(matrix.biases, layout)
+    values = np.empty((layout.rows, layout.cols), np.float32)
+    for rows in _slices(layout.rows, layout.cols):
+        part = values[rows]
+        if layout.type == "fp8":
+            part[...] = fp8_to_fp32(codes[rows].astype(np.uint8, copy=False))
+        else:
+            part[...] = codes[rows]
+            if layout.type == "int8":
+                part -= INT8_ZERO
+        part *= _per_column(matrix.scales[rows], layout)
+        if matrix.biases is not None:
+            part += _per_column(matrix.biases[rows], layout)
     return values
 
 
@@ -135,14 +145,31 @@ def _per_column(per_group: NDArray[np.float16], layout: Layout) -> NDArray[np.fl
     return np.repeat(per_group.astype(np.float32), layout.group_size, axis=1)[:, : layout.cols]
 
 
+def _slices(count: int, size: int) -> Iterator[slice]:
+    """``count`` rows of ``size`` values in parts whose temporaries stay in the cache."""
+    step = max(1, _CACHED_VALUES // size)
+    return (slice(begin, begin + step) for begin in range(0, count, step))
+
+
 def pack(matrix: Matrix) -> NDArray[np.uint8]:
     """Matrix -> uint8 [row_blocks, row_block_bytes], the bytes of the weight file."""
     layout = matrix.layout
     zero = INT8_ZERO if layout.type == "int8" else 0
-    codes = _pad(matrix.codes, layout.row_blocks * BLOCK_ROWS, layout.tiles * layout.tile_cols, zero)
-    tiles = codes.reshape(layout.row_blocks, BLOCK_ROWS, layout.tiles, layout.tile_cols).swapaxes(1, 2)
+    codes = _pad(
+        matrix.codes, layout.row_blocks * BLOCK_ROWS, layout.tiles * layout.tile_cols, zero
+    )
+    codes = np.ascontiguousarray(codes, dtype=_CODE_DTYPE[layout.type])
+    words = codes.view(_word(layout)).reshape(layout.row_blocks, BLOCK_ROWS, -1)
     out = np.empty((layout.row_blocks, layout.tiles, layout.tile_bytes), dtype=np.uint8)
-    out[:, :, : layout.tile_code_bytes] = _pack_codes(tiles, layout.type)
+    places = np.argsort(_word_order(layout), axis=None)  # a tile's codes, then the next one's
+    for part in _slices(layout.row_blocks, words[0].nbytes):
+        ordered = words[part]
+        if layout.type == "int4":
+            ordered = _exchange(ordered[:, :8] | ordered[:, 8:] << np.uint64(4))
+        ordered = ordered.reshape(len(ordered), -1).take(places, axis=1)
+        out[part, :, : layout.tile_code_bytes] = ordered.view(np.uint8).reshape(
+            len(ordered), layout.tiles, layout.tile_code_bytes
+        )
     if matrix.scales is not None:
         out[:, :, layout.tile_code_bytes :] = _pack_scales(matrix)
     return out.reshape(layout.shape)
@@ -150,13 +177,15 @@ def pack(matrix: Matrix) -> NDArray[np.uint8]:
 
 def unpack(data: NDArray[np.uint8], layout: Layout) -> Matrix:
     """The inverse of ``pack``. data: uint8 of ``layout.shape``."""
-    tiles = data.reshape(layout.row_blocks, layout.tiles, layout.tile_bytes)
-    codes = _unpack_codes(np.ascontiguousarray(tiles[:, :, : layout.tile_code_bytes]), layout)
-    codes = codes.swapaxes(1, 2).reshape(layout.row_blocks * BLOCK_ROWS, layout.tiles * layout.tile_cols)
+    data = np.ascontiguousarray(data).reshape(layout.shape)
+    codes = _unpack_codes(data.view(_word(layout)), layout)
     codes = np.ascontiguousarray(codes[: layout.rows, : layout.cols])
     if not layout.group_size:
         return Matrix(layout, codes)
-    scales, biases = _unpack_scales(np.ascontiguousarray(tiles[:, :, layout.tile_code_bytes :]), layout)
+    tiles = data.reshape(layout.row_blocks, layout.tiles, layout.tile_bytes)
+    scales, biases = _unpack_scales(
+        np.ascontiguousarray(tiles[:, :, layout.tile_code_bytes :]), layout
+    )
     return Matrix(layout, codes, scales, biases)
 
 
@@ -165,45 +194,61 @@ def _pad(array: NDArray[np.generic], rows: int, cols: int, value: int) -> NDArra
     return np.pad(array, missing, constant_values=value) if missing != ((0, 0), (0, 0)) else array
 
 
-# The order of codes. Lane (g, q) = (lane / 4, lane % 4) of an mma holds rows g and g + 8 ("half" 0 and
-# 1) and, of every 32 columns, the 8 from 8 q on. Axes below: s = 32-column slice, h = half.
+# The order of codes. Lane (g, q) = (lane / 4, lane % 4) of an mma holds rows g and g + 8 ("half" 0
+# and 1) and, of every 32 columns, the 8 from 8 q on. Codes move in words: 8 columns of one row for
+# fp8 and int8, 8 columns of rows g and g + 8 for int4, the 32 columns of a row of a tile for the
+# others. Axes below: s = slice of 32 columns, h = half, p = pair of slices, w = slice of the pair.
 
 
-def _pack_codes(tiles: NDArray[np.generic], type: str) -> NDArray[np.uint8]:
-    """[row_blocks, tiles, 16, tile_cols] -> uint8 [row_blocks, tiles, tile_code_bytes]."""
-    blocks, count, _, cols = tiles.shape
-    lanes = tiles.reshape(blocks, count, 2, 8, cols // 32, 4, 8)  # b t h g s q c
-    if type in ("fp32", "bf16", "fp16"):
-        ordered = lanes.transpose(0, 1, 4, 2, 3, 5, 6)  # s h g q c: 16 rows of 32 columns, row-major
-    elif type in ("fp8", "int8"):
-        ordered = lanes.transpose(0, 1, 4, 3, 5, 2, 6)  # s g q h c: 16 bytes a lane
-    else:
-        words = lanes.reshape(blocks, count, 2, 8, cols // 32, 4, 2, 2, 2)  # c = 4 j + 2 u + v
-        words = words[:, :, 0] | (words[:, :, 1] << 4)  # type: ignore[operator]  # b t g s q j u v
-        pairs = words.reshape(blocks, count, 8, cols // 64, 2, 4, 2, 2, 2)  # s = 2 p + w
-        # p g q w j v u: byte order k0 k2 k1 k3, so that one mask takes k0 k1 and a shift k2 k3
-        ordered = pairs.transpose(0, 1, 3, 2, 5, 4, 6, 8, 7)
-    flat = np.ascontiguousarray(ordered).reshape(blocks, count, -1)
-    return flat.view(np.uint8)
+def _word(layout: Layout) -> np.dtype[np.generic]:
+    """What moves in one piece: 32 columns of a plain type, 8 bytes of the others."""
+    plain = layout.type not in GROUPED_TYPES
+    return np.dtype(f"V{layout.tile_code_bytes // BLOCK_ROWS}" if plain else np.uint64)
 
 
-def _unpack_codes(data: NDArray[np.uint8], layout: Layout) -> NDArray[np.generic]:
-    """uint8 [row_blocks, tiles, tile_code_bytes] -> [row_blocks, tiles, 16, tile_cols]."""
-    blocks, count, slices = layout.row_blocks, layout.tiles, layout.tile_cols // 32
-    values = data.view(_CODE_DTYPE[layout.type])
-    if layout.type in ("fp32", "bf16", "fp16"):
-        lanes = values.reshape(blocks, count, slices, 2, 8, 4, 8).transpose(0, 1, 3, 4, 2, 5, 6)
-    elif layout.type in ("fp8", "int8"):
-        lanes = values.reshape(blocks, count, slices, 8, 4, 2, 8).transpose(0, 1, 5, 3, 2, 4, 6)
-    else:
-        pairs = values.reshape(blocks, count, slices // 2, 8, 4, 2, 2, 2, 2).transpose(0, 1, 3, 2, 5, 4, 6, 8, 7)
-        words = pairs.reshape(blocks, count, 8, slices, 4, 8)
-        lanes = np.stack([words & 15, words >> 4], axis=2)
-    return lanes.reshape(blocks, count, BLOCK_ROWS, layout.tile_cols)
+def _word_order(layout: Layout) -> NDArray[np.intp]:
+    """[rows, words of a row] -> which word of the row block; int4 has rows g = 0..7 only."""
+    word_bytes, slices = _word(layout).itemsize, layout.tile_cols // 32
+    words: NDArray[np.intp] = np.arange(layout.tile_code_bytes // word_bytes)
+    if layout.type == "int4":
+        words = words.reshape(slices // 2, 8, 4, 2).transpose(1, 0, 3, 2)  # p g q w -> g p w q
+    elif layout.type in GROUPED_TYPES:
+        words = words.reshape(slices, 8, 4, 2).transpose(3, 1, 0, 2)  # s g q h -> h g s q
+    in_tile = words.reshape(8 if layout.type == "int4" else BLOCK_ROWS, 1, -1)
+    tiles = np.arange(layout.tiles)[:, None] * (layout.tile_bytes // word_bytes)
+    return (in_tile + tiles).reshape(len(in_tile), -1)
+
+
+def _exchange(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Swap bytes 1 and 2 of every 4, its own inverse.
+
+    Of 4 columns k0..k3 the file has the order k0 k2 k1 k3, so that one mask takes k0 k1 of a 32-bit
+    word and a shift k2 k3.
+    """
+    low, high = np.uint64(0x0000FF000000FF00), np.uint64(0x00FF000000FF0000)
+    eight = np.uint64(8)
+    swapped: NDArray[np.uint64] = (words & low) << eight | (words & high) >> eight
+    return words & ~(low | high) | swapped
+
+
+def _unpack_codes(words: NDArray[Any], layout: Layout) -> NDArray[np.generic]:
+    """[row_blocks, words] -> codes [16 row_blocks, tile_cols tiles]."""
+    shape = (layout.row_blocks, BLOCK_ROWS, layout.tiles * layout.tile_cols)
+    codes = np.empty(shape, dtype=_CODE_DTYPE[layout.type])
+    rows, order = codes.view(_word(layout)), _word_order(layout)
+    for part in _slices(layout.row_blocks, codes[0].nbytes):
+        found = words[part].take(order, axis=1)
+        if layout.type == "int4":
+            found, nibble = _exchange(found), np.uint64(0x0F0F0F0F0F0F0F0F)
+            np.bitwise_and(found, nibble, out=rows[part, :8])
+            np.bitwise_and(found >> np.uint64(4), nibble, out=rows[part, 8:])
+        else:
+            rows[part] = found
+    return codes.reshape(-1, shape[2])
 
 
 def _pack_scales(matrix: Matrix) -> NDArray[np.uint8]:
-    """-> uint8 [row_blocks, tiles, bytes]: per group, per row pair (g, g + 8), scale (and bias) of both."""
+    """-> uint8 [row_blocks, tiles, bytes]: per group and g, scale (and bias) of g and g + 8."""
     layout = matrix.layout
     parts = [matrix.scales] if matrix.biases is None else [matrix.scales, matrix.biases]
     rows, groups = layout.row_blocks * BLOCK_ROWS, layout.tiles * layout.tile_groups
@@ -213,22 +258,31 @@ def _pack_scales(matrix: Matrix) -> NDArray[np.uint8]:
     return ordered.reshape(layout.row_blocks, layout.tiles, -1).view(np.uint8)
 
 
-def _unpack_scales(data: NDArray[np.uint8], layout: Layout) -> tuple[NDArray[np.float16], NDArray[np.float16] | None]:
+def _unpack_scales(
+    data: NDArray[np.uint8], layout: Layout
+) -> tuple[NDArray[np.float16], NDArray[np.float16] | None]:
     parts = 2 if layout.type == "int4" else 1
-    ordered = data.view(np.float16).reshape(layout.row_blocks, layout.tiles, layout.tile_groups, 8, 2, parts)
+    ordered = data.view(np.float16).reshape(
+        layout.row_blocks, layout.tiles, layout.tile_groups, 8, 2, parts
+    )
     padded = ordered.transpose(0, 4, 3, 1, 2, 5).reshape(layout.row_blocks * BLOCK_ROWS, -1, parts)
     kept = padded[: layout.rows, : layout.groups]
-    return np.ascontiguousarray(kept[..., 0]), np.ascontiguousarray(kept[..., 1]) if parts == 2 else None
+    return np.ascontiguousarray(kept[..., 0]), np.ascontiguousarray(
+        kept[..., 1]
+    ) if parts == 2 else None
 
 
 def interleave(first: NDArray[np.generic], second: NDArray[np.generic]) -> NDArray[np.generic]:
     """Rows of two matrices in turns of 8, so that a row block holds 8 rows of each.
 
-    ``w_gate_up`` is stored so: gate row i and up row i meet in one lane. [rows, ...] x 2 -> [2 rows, ...].
+    ``w_gate_up`` is stored so: gate row i and up row i meet in one lane.
+    [rows, ...] x 2 -> [2 rows, ...].
     """
     rows = first.shape[0]
     shape = (rows // 8, 8, *first.shape[1:])
-    return np.stack([first.reshape(shape), second.reshape(shape)], axis=1).reshape(2 * rows, *first.shape[1:])
+    return np.stack([first.reshape(shape), second.reshape(shape)], axis=1).reshape(
+        2 * rows, *first.shape[1:]
+    )
 
 
 def deinterleave(both: NDArray[np.generic]) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
