@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import CASES, memory_checkpoint, tensors, write_checkpoint, write_safetensors
 from numpy.typing import NDArray
 
 import minflash.conversion
@@ -27,7 +28,6 @@ from minflash.errors import (
 )
 from minflash.packing import dequantize
 from minflash.quantize import quantize
-from tests.checkpoints import CASES, memory_checkpoint, tensors, write_checkpoint, write_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 Tensors = dict[str, NDArray[Any]]
@@ -111,7 +111,7 @@ def test_types_of_layers_and_head(
 
 def test_int8_takes_the_largest_group_that_divides_all_columns(tmp_path: Path) -> None:
     config = {**CASES["llama2"], "hidden_size": 128, "intermediate_size": 128 * 3, "head_dim": 32}
-    from tests.checkpoints import hashed, tensor_shapes
+    from checkpoints import hashed, tensor_shapes
 
     weights: Tensors = {name: hashed(name, shape) for name, shape in tensor_shapes(config).items()}
     source = write_folder(tmp_path / "hf", config, weights)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import CASES, memory_checkpoint, tensors
 from numpy.typing import NDArray
 
 import minflash.conversion
@@ -17,7 +18,6 @@ from minflash.convert import convert
 from minflash.errors import ConvertError
 from minflash.packing import dequantize
 from minflash.quantize import quantize
-from tests.checkpoints import CASES, memory_checkpoint, tensors
 
 gguf = pytest.importorskip("gguf")
 Types = Callable[[str], str]  # GGUF tensor name -> ggml type
