@@ -2,9 +2,10 @@
 // shared memory, once; the past comes through the ring, the step's own positions from the qkv buffer.
 //
 // The cache of one layer is [kv head][block of 16 positions][K | V]:
-//   K [head_dim / 32][16 positions][32 dims], V [head_dim / 16][8 g][4 q][2][4 positions], dim = 16 d + 8 i + g,
-// so that a lane's fragment is 16 consecutive bytes. In a fragment, column n = 2 q + i of the t-th
-// score tile is position 4 q + 2 t + i: scores leave one mma in the registers where the next wants them.
+//   K [head_dim / 32][16 positions][32 dims]: tiles as of a 16-bit matrix, positions are rows,
+//   V [head_dim / 16][8 g][4 q][2 h][2 i][2 p]: dim 16 d + 8 i + g at position 8 h + 2 q + p,
+// so that a lane's fragment is 16 consecutive bytes. Scores are K times queries, outputs V times weights:
+// the queries are always the 8 columns of an mma, and a transposed register carries weights over.
 #pragma once
 #include "norm.cuh"
 #include "rope.cuh"
@@ -17,7 +18,7 @@ constexpr int kBlockBytes = 2 * kHalfBytes;
 constexpr int kChunkBlocks = kStageBytes / kBlockBytes;
 static_assert(kChunkBlocks >= 1, "a stage must hold a block of 16 positions of K and V");
 
-// Query rows that one unit handles: half of an mma's, which leaves registers for the values.
+// Query rows that one unit handles: the columns of an mma.
 constexpr int kRows = 8;
 
 // The work: query rows of a KV head in tiles of kRows, times splits of the past.
@@ -47,9 +48,11 @@ __device__ __forceinline__ Unit unit_of(const Plan<Map>& plan, int index) {
 __device__ __forceinline__ u64 block_offset(int kv_head, int block, int max_blocks) { return ((u64)kv_head * max_blocks + block) * kBlockBytes; }
 __device__ __forceinline__ int k_offset(int position, int dim) { return dim / 32 * 1024 + position * 64 + dim % 32 * 2; }
 __device__ __forceinline__ int v_offset(int position, int dim) {
-  return kHalfBytes + dim / 16 * 512 + dim % 8 * 64 + position / 4 * 16 + dim % 16 / 8 * 8 + position % 4 * 2;
+  return kHalfBytes + dim / 16 * 512 + dim % 8 * 64 + position % 8 / 2 * 16 + position / 8 * 8 + dim % 16 / 8 * 4 + position % 2 * 2;
 }
 
+// The last block may hold positions of this step, which prepare() writes at the same time: whatever the
+// copy sees of them is finite and masked.
 template <class Map>
 __device__ void stream_past(Producer<Map>& producer, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
   const Deal::Share share = deal.take(plan.units());
@@ -134,83 +137,78 @@ __device__ void prepare(const Plan<Map>& plan, const Unit& u, const StepArgs& ar
   }
 }
 
-// What one warp knows of row g: running maximum, sum, and weighted values (two of every 8 dims a lane).
+// What one warp knows of its query rows 2 q and 2 q + 1: running maximum, this lane's sum, and the
+// weighted values of dims 16 d + g (out[d][0..1]) and 16 d + g + 8 (out[d][2..3]).
 struct Running {
-  float maximum = -kInfinity, sum = 0, out[kHeadDim / 8][2] = {};
+  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kHeadDim / 16][4] = {};
 };
 
-// One block of 16 positions. visible(row, position in block) masks. Rows 8 to 15 of the mma are zero.
+// One block of 16 positions. visible(row, position in block) masks.
 template <class Map, class Visible>
 __device__ __forceinline__ void attend(Running& run, const u8* block, Visible visible) {
   const u8* queries = Scratch<Map>::here().queries;
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  float score[2][4] = {};
-#pragma unroll
+  float score[4] = {}, odd[4] = {};
+#pragma unroll 2
   for (int d = 0; d < kHeadDim / 32; d++) {
-    const uint4 row = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
-#pragma unroll
-    for (int t = 0; t < 2; t++) {
-      const uint4 k = *reinterpret_cast<const uint4*>(block + d * 1024 + (g / 2 * 4 + 2 * t + g % 2) * 64 + q * 16);
-      mma<kKvBf16>(score[t], {row.x, 0, row.y, 0}, k.x, k.y);
-      mma<kKvBf16>(score[t], {row.z, 0, row.w, 0}, k.z, k.w);
-    }
+    const uint4* rows = reinterpret_cast<const uint4*>(block + d * 1024);
+    const uint4 low = rows[lane], high = rows[32 + lane];
+    const uint4 query = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
+    mma<kKvBf16>(score, {low.x, high.x, low.y, high.y}, query.x, query.y);
+    mma<kKvBf16>(odd, {low.z, high.z, low.w, high.w}, query.z, query.w);
   }
-  float top = -kInfinity, weight[2][2];
+  float rescale[2];
 #pragma unroll
-  for (int t = 0; t < 2; t++)
+  for (int i = 0; i < 2; i++) {  // row 2 q + i; score[i] is of position g, score[2 + i] of g + 8
+    float s0 = visible(2 * q + i, g) ? (score[i] + odd[i]) * model::kScoreScale : -kInfinity;  // in powers of two
+    float s1 = visible(2 * q + i, g + 8) ? (score[2 + i] + odd[2 + i]) * model::kScoreScale : -kInfinity;
+    float top = fmaxf(s0, s1);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      weight[t][i] = visible(g, 4 * q + 2 * t + i) ? score[t][i] * model::kScoreScale : -kInfinity;  // in powers of two
-      top = fmaxf(top, weight[t][i]);
-    }
-  top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-  top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-  const float maximum = fmaxf(run.maximum, top), base = maximum == -kInfinity ? 0.0f : maximum;
-  const float rescale = ex2_approx(run.maximum - base);
-  run.maximum = maximum;
-  run.sum *= rescale;
-#pragma unroll
-  for (int t = 0; t < 2; t++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      weight[t][i] = ex2_approx(weight[t][i] - base);
-      run.sum += weight[t][i];
-    }
-  const Fragment p = {round_pair<kKvBf16>(weight[0][0], weight[0][1]), 0, round_pair<kKvBf16>(weight[1][0], weight[1][1]), 0};
+    for (int other = 4; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, other));
+    const float maximum = fmaxf(run.maximum[i], top), base = maximum == -kInfinity ? 0.0f : maximum;
+    rescale[i] = ex2_approx(run.maximum[i] - base);
+    run.maximum[i] = maximum;
+    score[i] = ex2_approx(s0 - base);
+    score[2 + i] = ex2_approx(s1 - base);
+    run.sum[i] = run.sum[i] * rescale[i] + score[i] + score[2 + i];
+  }
+  const u32 b0 = movmatrix_trans(round_pair<kKvBf16>(score[0], score[1]));
+  const u32 b1 = movmatrix_trans(round_pair<kKvBf16>(score[2], score[3]));
 #pragma unroll
   for (int d = 0; d < kHeadDim / 16; d++) {
     const uint4 v = *reinterpret_cast<const uint4*>(block + kHalfBytes + d * 512 + lane * 16);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float(&out)[2] = run.out[2 * d + i];
-      float sums[4] = {out[0] * rescale, out[1] * rescale, 0, 0};
-      mma<kKvBf16>(sums, p, i ? v.z : v.x, i ? v.w : v.y);
-      out[0] = sums[0], out[1] = sums[1];
-    }
+    for (int i = 0; i < 4; i++) run.out[d][i] *= rescale[i % 2];
+    mma<kKvBf16>(run.out[d], {v.x, v.y, v.z, v.w}, b0, b1);
   }
 }
 
 // Writes what this warp knows into a slot, merged with what an earlier round left there.
-template <class Map>
-__device__ __forceinline__ void leave(const Running& run, int slot, bool merge) {
+template <class Map, bool kMerge>
+__device__ __forceinline__ void leave(const Running& run, int slot) {
   const Scratch<Map> s = Scratch<Map>::here();
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4, row = slot * kRows + g;
-  float sum = run.sum, top = run.maximum, mine = 1, other = 0;
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-  if (merge) {
-    const float theirs = s.sums[row * 2], base = fmaxf(top, theirs);
-    if (base != -kInfinity) mine = ex2_approx(top - base), other = ex2_approx(theirs - base);
-    sum = sum * mine + s.sums[row * 2 + 1] * other;
-    top = base;
-    __syncwarp();  // all lanes of the row have read its sums
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int row = slot * kRows + 2 * q + i;
+    float sum = run.sum[i], top = run.maximum[i], mine = 1, other = 0;
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    if constexpr (kMerge) {
+      const float theirs = s.sums[row * 2], base = fmaxf(top, theirs);
+      if (base != -kInfinity) mine = ex2_approx(top - base), other = ex2_approx(theirs - base);
+      sum = sum * mine + s.sums[row * 2 + 1] * other;
+      top = base;
+      __syncwarp();  // all lanes of the row have read its sums
+    }
+    float* at = s.outputs + row * kHeadDim + g;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 8; d++) {
+      const float value = run.out[d / 2][d % 2 * 2 + i];
+      at[d * 8] = kMerge ? value * mine + at[d * 8] * other : value;
+    }
+    if (g == 0) s.sums[row * 2] = top, s.sums[row * 2 + 1] = sum;
   }
-  float* at = s.outputs + row * kHeadDim + 2 * q;
-#pragma unroll
-  for (int d = 0; d < kHeadDim / 8; d++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) at[d * 8 + i] = run.out[d][i] * mine + (merge ? at[d * 8 + i] * other : 0.0f);
-  if (q == 0) s.sums[row * 2] = top, s.sums[row * 2 + 1] = sum;
 }
 
 // This warp's part of the unit: its chunks of the past and, for warp 0 of the last split, the fresh positions.
@@ -234,8 +232,11 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
       const int column = column_of(row);
       return offset <= column && offset < plan.n_columns && (!window || offset > column - window);
     });
-  for (int round = 0; round < kWarps / Map::kSlots; round++) {
-    if (threadIdx.x / 32 / Map::kSlots == round) leave<Map>(run, threadIdx.x / 32 % Map::kSlots, round > 0);
+  const int slot = threadIdx.x / 32 % Map::kSlots, turn = threadIdx.x / 32 / Map::kSlots;
+  if (turn == 0) leave<Map, false>(run, slot);
+  sync_consumers();  // publishes the first slots
+  for (int round = 1; round < kWarps / Map::kSlots; round++) {
+    if (turn == round) leave<Map, true>(run, slot);
     sync_consumers();  // publishes this round's slots
   }
 }
@@ -260,6 +261,7 @@ __device__ __forceinline__ void combine_slots(int rows, Put put) {
   for (int i = threadIdx.x; i < rows * kHeadDim; i += kConsumers) {
     const int row = i / kHeadDim, d = i % kHeadDim;
     Part part;
+#pragma unroll 2
     for (int slot = 0; slot < Map::kSlots; slot++) {
       const int at = slot * kRows + row;
       part.add(s.sums[at * 2], s.sums[at * 2 + 1], s.outputs[at * kHeadDim + d]);
@@ -310,6 +312,7 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
     for (int j = threadIdx.x; j < rows * kHeadDim; j += kConsumers) {
       const int row = j / kHeadDim, d = j % kHeadDim;
       Part part;
+#pragma unroll 2
       for (int split = 0; split < plan.splits; split++) {
         const float* p = parts + (split * kRows + row) * kRow;
         part.add(ld_cg(p), ld_cg(p + 1), ld_cg(p + 2 + d));

@@ -126,7 +126,7 @@ __device__ __forceinline__ void multiply_chunk(float* partial, const u8* tiles, 
   const float* sums0 = columns.sum(Map::kColumns == 1 ? 0 : 2 * q) + first_tile * kTileGroups;
   const float* sums1 = columns.sum(Map::kColumns == 1 ? 0 : 2 * q + 1) + first_tile * kTileGroups;
   float acc[4] = {}, bias_acc[4] = {};
-  constexpr int kUnroll = Map::kColumns == 1 ? 4 : 2;
+  constexpr int kUnroll = Map::kColumns == 1 && m.group == 0 ? 4 : 2;
 #pragma unroll kUnroll
   for (int t = 0; t < count; t++)
     multiply_tile<Map, m>(acc, bias_acc, tiles + t * m.tile_bytes(), x + t * m.tile_cols() * 2, sums0 + t * kTileGroups, sums1 + t * kTileGroups);

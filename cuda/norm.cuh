@@ -87,7 +87,7 @@ __device__ void load_normed(const float* weight, int n_columns, int panel, Read 
   using S = LoadShare<Map>;
   using W = Walk<Map, m>;
   constexpr int kEnd8 = model::kDim / 8, kRounds = ceil_div(kEnd8, S::kThreads);
-  constexpr bool kKeep = W::kPanels == 1 && kRounds <= 4;
+  constexpr bool kKeep = W::kPanels == 1 && kRounds <= 2;
   const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
   sync_consumers();  // nobody reads the previous activations any more
   for (int column = S::team(); column < n_columns; column += S::kTeams) {

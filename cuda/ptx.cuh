@@ -121,6 +121,13 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&c)[4], u32 a0, u32 a1, 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The transpose of an 8 x 8 matrix of 16-bit values: lane (g, q) gives columns 2 q, 2 q + 1 of row g.
+__device__ __forceinline__ u32 movmatrix_trans(u32 pair) {
+  u32 v;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v) : "r"(pair));
+  return v;
+}
+
 // Conversions. Pairs: the first argument is the low half.
 __device__ __forceinline__ u32 cvt_rn_bf16x2(float lo, float hi) {
   u32 v;

@@ -127,6 +127,10 @@ __device__ __forceinline__ void step(const StepArgs& args) {
 
 }  // namespace
 
-// For one token, and for up to kColumns tokens of one sequence.
+// For one token, and for up to kColumns tokens of one sequence. The two are compiled apart, at the same time.
+#ifndef ONLY_STEP_MANY
 extern "C" __global__ void __launch_bounds__(kThreads, 1) step_one(const __grid_constant__ StepArgs args) { step<MapOne>(args); }
+#endif
+#ifndef ONLY_STEP_ONE
 extern "C" __global__ void __launch_bounds__(kThreads, 1) step_many(const __grid_constant__ StepArgs args) { step<MapMany>(args); }
+#endif
