@@ -15,9 +15,10 @@ from typing import Any
 from .codegen import generate
 from .config import ModelConfig
 from .device import CudaDevice, Device
+from .gpu_memory import position_bytes
 from .packing import Layout
 from .shapes import shape_config, shape_layouts
-from .step_model import CHAINED, StepModel, position_bytes
+from .step_model import CHAINED, StepModel
 from .tensors import expected_tensors
 from .tuning import choose
 
@@ -71,9 +72,13 @@ class RandomWeights:
         self._shapes = expected_tensors(config)
 
     def copy_to(self, device: Device, name: str, address: int) -> None:
+        assert isinstance(device, CudaDevice)
+        with device.stream:  # as the launches that read them
+            self._draw(device, name, address)
+
+    def _draw(self, device: CudaDevice, name: str, address: int) -> None:
         import cupy
 
-        assert isinstance(device, CudaDevice)
         layout = self.matrices.get(name)
         if layout is None:
             device.array(address, 4 * self._shapes[name][0]).view(cupy.float32)[:] = (

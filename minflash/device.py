@@ -5,13 +5,16 @@ CuPy is imported here and in probe.py only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .codegen import Program
+from .compiler import OPTIONS, architecture, compile_all
 from .errors import DeviceError
 from .tuning import DeviceFacts
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     Launch = Callable[[NDArray[np.void]], None]
 
 LEAST_CAPABILITY = 80
+_LOCAL_BYTES, _MAX_DYNAMIC_SHARED_BYTES = 3, 8  # CUfunction_attribute
 
 
 class Device(Protocol):
@@ -42,25 +46,50 @@ class Device(Protocol):
         ...
 
     def build(self, program: Program) -> Mapping[str, Launch]:
-        """Compiles; launch functions by kernel name, each taking the argument record."""
+        """Launch functions by kernel name, each taking the argument record.
+
+        May return before the kernels are compiled; asking for one waits for it.
+        """
         ...
 
     def synchronize(self) -> None: ...
     def free_bytes(self) -> int: ...
 
 
+class Kernels(Mapping[str, "Launch"]):
+    """Launch functions by kernel name; asking for one waits for its compilation."""
+
+    def __init__(self, device: CudaDevice, program: Program) -> None:
+        arch = architecture(device.facts.compute_capability)
+        options = {name: (*OPTIONS, arch, f"-DONLY_{name.upper()}") for name in program.maps}
+        self._device, self._program = device, program
+        self._code = compile_all(program.source, options)
+
+    def __getitem__(self, name: str) -> Launch:
+        return self._device.launcher(self._code[name](), self._program, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._code)
+
+    def __len__(self) -> int:
+        return len(self._code)
+
+
 class CudaDevice:
-    """The current CUDA device, through CuPy. Kernels run on a stream of their own."""
+    """The current CUDA device, through CuPy. Everything happens on a stream of its own.
+
+    May be used by any thread, one at a time; the thread's current device stays as it was.
+    """
 
     def __init__(self) -> None:
         """Raises DeviceError when the card is older than sm_80."""
         import cupy
 
-        self._cupy = cupy
-        self._device = cupy.cuda.Device()
-        attributes = self._device.attributes
-        capability = int(self._device.compute_capability)
-        self.name = cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode()
+        self._cupy, self._runtime = cupy, cupy.cuda.runtime
+        device = cupy.cuda.Device()
+        self.id = int(device.id)
+        capability = int(device.compute_capability)
+        self.name = self._runtime.getDeviceProperties(self.id)["name"].decode()
         if capability < LEAST_CAPABILITY:
             raise DeviceError(
                 f"{self.name} has compute capability {capability / 10:.1f}; the kernel needs "
@@ -68,14 +97,42 @@ class CudaDevice:
             )
         self.facts = DeviceFacts(
             compute_capability=capability,
-            multiprocessors=attributes["MultiProcessorCount"],
-            shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+            multiprocessors=device.attributes["MultiProcessorCount"],
+            shared_bytes=device.attributes["MaxSharedMemoryPerBlockOptin"],
         )
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._memory: list[Any] = []
 
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """This device is the thread's current one within, and what CUDA raises is a DeviceError."""
+        before = self._runtime.getDevice()
+        self._runtime.setDevice(self.id)  # also where it is current: a new thread has no context
+        try:
+            yield
+        except (self._runtime.CUDARuntimeError, self._driver_error) as error:
+            raise DeviceError(_cuda_failed(error)) from error
+        finally:
+            if before != self.id:
+                self._runtime.setDevice(before)
+
+    @property
+    def _driver_error(self) -> type[Exception]:
+        from cupy_backends.cuda.api import driver
+
+        error: type[Exception] = driver.CUDADriverError
+        return error
+
     def allocate(self, nbytes: int) -> int:
-        memory = self._cupy.cuda.Memory(nbytes)  # outside CuPy's pool: freed for good on release
+        with self._current():
+            try:
+                memory = self._cupy.cuda.Memory(nbytes)  # outside CuPy's pool: freed on release
+            except self._cupy.cuda.memory.OutOfMemoryError as error:
+                raise DeviceError(
+                    f"the GPU has no {nbytes / 1e9:.2f} GB in one piece, "
+                    f"{self.free_bytes() / 1e9:.2f} GB are free; close other programs on it, or "
+                    "take a smaller model or max_context"
+                ) from error
         self._memory.append(memory)
         return int(memory.ptr)
 
@@ -83,53 +140,60 @@ class CudaDevice:
         self._memory.clear()
 
     def upload(self, address: int, data: NDArray[np.generic]) -> None:
-        runtime = self._cupy.cuda.runtime
-        runtime.memcpy(address, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice)
+        runtime = self._runtime
+        with self._current():  # on the stream, so that launches come after it
+            runtime.memcpyAsync(
+                address, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice, self.stream.ptr
+            )
 
     def download(self, address: int, data: NDArray[np.generic]) -> None:
-        runtime = self._cupy.cuda.runtime
+        runtime = self._runtime
         self.synchronize()
-        runtime.memcpy(data.ctypes.data, address, data.nbytes, runtime.memcpyDeviceToHost)
+        with self._current():
+            runtime.memcpy(data.ctypes.data, address, data.nbytes, runtime.memcpyDeviceToHost)
 
     def clear(self, address: int, nbytes: int) -> None:
-        self._cupy.cuda.runtime.memset(address, 0, nbytes)
+        with self._current():
+            self._runtime.memsetAsync(address, 0, nbytes, self.stream.ptr)
 
     def pinned(self, nbytes: int) -> tuple[NDArray[np.uint8], int]:
-        memory = self._cupy.cuda.alloc_pinned_memory(nbytes)
-        array = np.frombuffer(memory, np.uint8, nbytes)
+        with self._current():
+            memory = self._cupy.cuda.PinnedMemory(nbytes)
+        self._memory.append(memory)
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(memory.ptr))
         array[:] = 0
         return array, int(memory.ptr)
 
     def build(self, program: Program) -> Mapping[str, Launch]:
-        arch = f"sm_{self.facts.compute_capability}" + (
-            "a" if self.facts.compute_capability >= 90 else ""
-        )
-        module = self._cupy.RawModule(code=program.source, options=("-std=c++20", f"-arch={arch}"))
-        return {
-            name: self._launcher(module.get_function(name), program, name) for name in program.maps
-        }
+        return Kernels(self, program)
 
-    def _launcher(self, kernel: Any, program: Program, name: str) -> Launch:
+    def launcher(self, code: bytes, program: Program, name: str) -> Launch:
+        """Loads a kernel; its module stays loaded as long as the function lives."""
         from cupy_backends.cuda.api import driver
 
         shared_bytes = program.maps[name].total_bytes
-        kernel.max_dynamic_shared_size_bytes = shared_bytes
-        if spilled := kernel.attributes["local_size_bytes"]:
-            raise AssertionError(f"{name} uses {spilled} bytes of local memory")
+        with self._current():
+            module = self._cupy.cuda.function.Module()
+            module.load(code)
+            kernel = module.get_function(name)
+            driver.funcSetAttribute(kernel.ptr, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
+            if spilled := driver.funcGetAttribute(_LOCAL_BYTES, kernel.ptr):
+                raise AssertionError(f"{name} uses {spilled} bytes of local memory")
         grid, threads = program.tuning.grid, 32 * (program.tuning.warps + 1)
-        function, stream = kernel.kernel.ptr, self.stream.ptr
+        function, current, stream = kernel.ptr, self._current, self.stream.ptr
 
-        def launch(args: NDArray[np.void]) -> None:
+        def launch(args: NDArray[np.void], module: object = module) -> None:
             pointers = np.array([args.ctypes.data], np.uint64)
-            # Cooperative: all blocks are resident, or the launch fails.
-            driver.launchCooperativeKernel(
-                function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, pointers.ctypes.data
-            )
+            with current():  # cooperative: all blocks are resident, or the launch fails
+                driver.launchCooperativeKernel(
+                    function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, pointers.ctypes.data
+                )
 
         return launch
 
     def synchronize(self) -> None:
-        self.stream.synchronize()
+        with self._current():
+            self.stream.synchronize()
 
     def milliseconds(self, run: Callable[[], None]) -> float:
         """Device time of what ``run`` launches."""
@@ -148,4 +212,12 @@ class CudaDevice:
         )
 
     def free_bytes(self) -> int:
-        return int(self._cupy.cuda.runtime.memGetInfo()[0])
+        with self._current():
+            return int(self._runtime.memGetInfo()[0])
+
+
+def _cuda_failed(error: Exception) -> str:
+    return (
+        f"CUDA failed: {' '.join(str(error).split())}; if the next call fails too, only a new "
+        "process helps, as the GPU's state in this one is lost"
+    )

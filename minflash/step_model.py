@@ -16,21 +16,19 @@ from .codegen import ALARM_GRID_BARRIER, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
+from .gpu_memory import cache_blocks, cache_bytes, gpu_context
 from .packing import Layout
 from .sampling import Sampling
 from .tuning import MANY_COLUMNS, Tuning, choose
 
 CHAINED = -1  # the token that the launch before chose
+_LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of RoPE, see rope.frequencies
+NO_TOKEN = 0xFFFFFFFF  # what a step chooses when no logit is finite
 GREEDY = Sampling()
 _MAILBOX_SLOTS = 64
-_BLOCK_POSITIONS = 16
 _WATCHDOG_NS = 500_000_000
+_SPIN_SECONDS, _SLEEP_SECONDS = 0.001, 0.00005
 _STALL_SECONDS = 5.0  # without a token before the stream is asked for errors
-
-
-def position_bytes(config: ModelConfig) -> int:
-    """Bytes of K and V of one position, all layers, 16 bits a value."""
-    return 4 * config.n_layers * config.n_kv_heads * config.head_dim
 
 
 class Weights(Protocol):
@@ -54,65 +52,55 @@ class StepModel:
         self,
         checkpoint: Weights,
         device: Device,
-        max_context: int,
+        max_context: int | None,
         *,
         kv_type: str | None = None,
         tuning: Tuning | None = None,
         watchdog_ns: int = _WATCHDOG_NS,
     ) -> None:
-        """kv_type: "bf16" or "fp16"; None: what the layers' activations are rounded to.
+        """max_context: positions; None: the model's own, bounded by the device's free memory.
+        kv_type: "bf16" or "fp16"; None: what the layers' activations are rounded to.
 
-        Raises DeviceError when the model does not fit, or the kernel cannot run it.
+        Raises DeviceError when the model does not fit or the kernel cannot run it, ContextError
+        when ``max_context`` is too much, and what ``checkpoint.copy_to`` raises.
         """
-        self.config, self.device, self.max_context = checkpoint.config, device, max_context
+        self.config, self.device = checkpoint.config, device
         config = self.config
         if kv_type is None:
             kv_type = "bf16" if checkpoint.matrices["layers.0.wqkv"].type == "bf16" else "fp16"
         tuning = tuning or choose(config, device.facts)
         self.program = generate(config, checkpoint.matrices, tuning, kv_type=kv_type)
-        self._launch = device.build(self.program)
-        self._max_blocks = -(-max_context // _BLOCK_POSITIONS) + 1
-        kv_bytes = self._max_blocks * _BLOCK_POSITIONS * position_bytes(config)
-        self._require(self.program.weights.nbytes, kv_bytes, self.program.workspace["total"])
-        self.nbytes = self.program.weights.nbytes + kv_bytes + self.program.workspace["total"]
-        self._weights = device.allocate(self.program.weights.nbytes)
-        self._kv_cache = device.allocate(kv_bytes)
-        self._workspace = device.allocate(self.program.workspace["total"])
-        device.clear(self._kv_cache, kv_bytes)
-        device.clear(self._workspace, self.program.workspace["total"])
-        for name, offset in self.program.weights.offsets.items():
-            checkpoint.copy_to(device, name, self._weights + offset)
+        self.max_context = gpu_context(config, self.program, device.free_bytes(), max_context)
+        try:
+            kernels = device.build(self.program)  # compiles while the weights are uploaded
+            self._args = np.zeros((), self.program.args)
+            self._allocate(watchdog_ns)
+            for name, offset in self.program.weights.offsets.items():
+                checkpoint.copy_to(device, name, self._weights + offset)
+            self._launch = dict(kernels)
+        except BaseException:
+            device.release()
+            raise
+        self._ticket = self._arrivals = 0
+        self._rope_length = 0
+
+    def _allocate(self, watchdog_ns: int) -> None:
+        """The arenas, and all launch arguments that stay."""
+        device, args = self.device, self._args
+        weight_bytes, workspace_bytes = self.program.weights.nbytes, self.program.workspace["total"]
+        kv_bytes = cache_bytes(self.config, self.max_context)
+        self.nbytes = weight_bytes + kv_bytes + workspace_bytes
+        self._weights = args["weights"] = device.allocate(weight_bytes)
+        self._workspace = args["workspace"] = device.allocate(workspace_bytes)
+        args["kv_cache"] = kv_cache = device.allocate(kv_bytes)
+        device.clear(kv_cache, kv_bytes)
+        device.clear(self._workspace, workspace_bytes)
         mailbox, self._mailbox_address = device.pinned(8 * _MAILBOX_SLOTS)
         alarm, alarm_address = device.pinned(32)
         self._mailbox, self._alarm = mailbox.view(np.uint64), alarm.view(np.uint32)
-        self._ticket = self._arrivals = 0
-        args = np.zeros((), self.program.args)
-        args["weights"], args["kv_cache"], args["workspace"] = (
-            self._weights,
-            self._kv_cache,
-            self._workspace,
-        )
         args["alarm"], args["watchdog_ns"] = alarm_address, watchdog_ns
-        args["kv_layer_bytes"] = kv_bytes // config.n_layers
-        args["max_blocks"] = self._max_blocks
-        self._args = args
-        self._set_rope(1)
-
-    def _require(self, weights: int, kv_cache: int, workspace: int) -> None:
-        free = self.device.free_bytes()
-        if weights + kv_cache + workspace <= free:
-            return
-        room = (free - weights - workspace) // position_bytes(self.config) - 2 * _BLOCK_POSITIONS
-        way_out = (
-            f"the largest context that fits is {room}"
-            if room > 0
-            else "take a smaller model or --quant int4"
-        )
-        raise DeviceError(
-            f"the GPU has too little memory: needs {weights / 1e9:.2f} GB for weights, "
-            f"{kv_cache / 1e9:.2f} GB for a context of {self.max_context} positions and "
-            f"{workspace / 1e9:.2f} GB of workspace; {free / 1e9:.2f} GB are free; {way_out}"
-        )
+        args["kv_layer_bytes"] = kv_bytes // self.config.n_layers
+        args["max_blocks"] = cache_blocks(self.max_context)
 
     def step(
         self,
@@ -147,22 +135,28 @@ class StepModel:
         args["ticket"] = self._ticket
         args["mailbox"] = self._mailbox_address + 8 * (self._ticket % _MAILBOX_SLOTS)
         args["barrier_base"] = self._arrivals & 0xFFFFFFFF
-        self._arrivals += self.program.barriers * self.program.tuning.grid
         self._launch["step_one" if n == 1 else "step_many"](args)
+        self._arrivals += self.program.barriers * self.program.tuning.grid
         return self._ticket
 
     def token(self, ticket: int) -> int:
-        """Waits for the token that the step ``ticket`` chose; DeviceError if a wait timed out."""
+        """Waits for the token that the step ``ticket`` chose; NO_TOKEN when no logit was finite.
+
+        Raises DeviceError when a wait in the step timed out.
+        """
         slot = ticket % _MAILBOX_SLOTS
-        deadline = time.monotonic() + _STALL_SECONDS
-        while int(self._mailbox[slot]) >> 32 != ticket or self._alarm[0]:
-            if self._alarm[0]:
+        mailbox, alarm = self._mailbox, self._alarm
+        begin, stalled = time.perf_counter(), _STALL_SECONDS
+        while int(mailbox[slot]) >> 32 != ticket or alarm[0]:
+            if alarm[0]:
                 self._report_alarm()
-            if time.monotonic() > deadline:
+            waited = time.perf_counter() - begin
+            # At first only lets other threads run: sleeping takes longer than a short step.
+            time.sleep(0 if waited < _SPIN_SECONDS else _SLEEP_SECONDS)
+            if waited > stalled:
                 self.device.synchronize()  # raises what went wrong, if anything did
-                deadline = time.monotonic() + _STALL_SECONDS
-            time.sleep(0)  # lets other threads run
-        return int(self._mailbox[slot]) & 0xFFFFFFFF
+                stalled += _STALL_SECONDS
+        return int(mailbox[slot]) & 0xFFFFFFFF
 
     def wait(self) -> None:
         """Waits for all steps. Raises DeviceError when a wait in one timed out."""
@@ -178,19 +172,25 @@ class StepModel:
         return logits
 
     def close(self) -> None:
-        """Gives back all memory of the device. May be called twice."""
-        self.device.synchronize()
-        self.device.release()
+        """Gives back all memory of the device; the model cannot be used any more."""
+        try:
+            self.device.synchronize()
+        finally:
+            self._launch.clear()  # lets go of the compiled kernels
+            self._mailbox = self._alarm = np.zeros(0, np.uint64)
+            self.device.release()
 
     def _set_rope(self, length: int) -> None:
         config = self.config
-        inverse, scaling = rope.frequencies(
-            config.rope, config.head_dim, length, config.max_context
-        )
-        self._args["rope_turns"] = np.array(
-            [int(math.ldexp(f / (2 * math.pi), 64)) for f in inverse], np.uint64
-        )
-        self._args["rope_scale"] = scaling
+        if self._rope_length and config.rope.kind not in _LENGTH_DEPENDENT:
+            return
+        if length != self._rope_length:
+            inverse, scaling = rope.frequencies(
+                config.rope, config.head_dim, length, config.max_context
+            )
+            self._args["rope_turns"] = [int(math.ldexp(f / (2 * math.pi), 64)) for f in inverse]
+            self._args["rope_scale"] = scaling
+            self._rope_length = length
 
     def _set_sampling(self, sampling: Sampling) -> None:
         args = self._args
