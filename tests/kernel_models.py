@@ -1,25 +1,31 @@
-"""Small random models for the kernel's tests, in every type, and the kernel on the emulated device."""
+"""Small random models for the kernel's tests, the devices that run them, and what they must compute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
+from emulator import EmulatedModule, Order
 from numpy.typing import NDArray
 
-from emulator import EmulatedModule, Order
 from minflash.codegen import Program
 from minflash.config import ModelConfig, RopeConfig
+from minflash.device import CudaDevice, Device
 from minflash.numeric import bf16_to_fp32, fp32_to_bf16
 from minflash.packing import Layout, Matrix, pack
 from minflash.quantize import quantize
 from minflash.reference import Reference
+from minflash.resources import resource_dir
 from minflash.step_model import StepModel
 from minflash.tensors import expected_tensors
-from minflash.tuning import DeviceFacts, Tuning, choose
+from minflash.tuning import DeviceFacts, choose
+
+Array = NDArray[Any]
+Launch = Callable[[NDArray[np.void]], None]
 
 TINY = ModelConfig(
     architecture="llama", dim=96, hidden_dim=160, head_dim=64, n_layers=2, n_heads=3, n_kv_heads=1,
@@ -29,17 +35,27 @@ TINY = ModelConfig(
 
 
 def model_config(**changes: Any) -> ModelConfig:
-    """TINY with changes."""
-    return replace(TINY, **changes)
+    """TINY with changes; one window stands for all layers."""
+    config = replace(TINY, **changes)
+    if len(config.windows) != config.n_layers:
+        config = replace(config, windows=(config.windows[0],) * config.n_layers)
+    return config
 
 
 class RandomModel:
     """A checkpoint in memory: as much of ``Checkpoint`` as the reference and StepModel use."""
 
-    def __init__(self, config: ModelConfig, type: str, group: int = 0, head: tuple[str, int] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        type: str,
+        group: int = 0,
+        head: tuple[str, int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """head: type and group size of the embedding and the output head; None: like the layers."""
         self.config = config
         rng = np.random.default_rng(seed)
-        self.matrices: dict[str, Layout] = {}
         self._matrices: dict[str, Matrix] = {}
         self._vectors: dict[str, NDArray[np.float32]] = {}
         for name, shape in expected_tensors(config).items():
@@ -50,10 +66,21 @@ class RandomModel:
                 scale = 1.0 if name == "embed" and not config.tied else 2.0 / np.sqrt(shape[1])
                 values = rng.standard_normal(shape).astype(np.float32) * np.float32(scale)
                 self._matrices[name] = quantize(values, t, g, search=False)
-                self.matrices[name] = self._matrices[name].layout
             else:
                 mean = 1.0 if name.endswith("norm") else 0.0
-                self._vectors[name] = (mean + 0.3 * rng.standard_normal(shape)).astype(np.float32)
+                random = mean + 0.3 * rng.standard_normal(shape)
+                self._vectors[name] = random.astype(np.float32)
+
+    @property
+    def matrices(self) -> Mapping[str, Layout]:
+        return {name: matrix.layout for name, matrix in self._matrices.items()}
+
+    def put(self, name: str, values: Matrix | NDArray[np.float32]) -> None:
+        """Replaces a matrix or a vector."""
+        if isinstance(values, Matrix):
+            self._matrices[name] = values
+        else:
+            self._vectors[name] = values.astype(np.float32)
 
     def matrix(self, name: str) -> Matrix:
         return self._matrices[name]
@@ -66,10 +93,17 @@ class RandomModel:
             return self._vectors[name].view(np.uint8)
         return pack(self._matrices[name])
 
+    def copy_to(self, device: Device, name: str, address: int) -> None:
+        device.upload(address, self.raw(name))
+
+
+# Devices
+
 
 @cache
-def compiled(source: str) -> EmulatedModule:
-    return EmulatedModule(source, optimize=1)
+def compiled(source: str, optimize: int = 0) -> EmulatedModule:
+    """Compiling takes longer than running, hence without optimization."""
+    return EmulatedModule(source, optimize=optimize)
 
 
 class EmulatedDevice:
@@ -84,9 +118,12 @@ class EmulatedDevice:
         order: Order = "forward",
         seed: int = 0,
         timeout_s: float = 60,
+        edit: Callable[[str], str] | None = None,
     ) -> None:
+        """edit: a change of the source, to plant a bug."""
         self.facts = DeviceFacts(capability, grid, shared_bytes)
         self.order, self.seed, self.timeout_s = order, seed, timeout_s
+        self.edit = edit or (lambda source: source)
         self._arrays: dict[int, NDArray[np.uint8]] = {}
         self.launches: list[str] = []
         self.before_launch: Callable[[NDArray[np.void]], None] = lambda args: None
@@ -111,7 +148,8 @@ class EmulatedDevice:
         raise AssertionError("a copy outside device memory")
 
     def upload(self, address: int, data: NDArray[np.generic]) -> None:
-        self._view(address, data.nbytes)[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        plain = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        self._view(address, data.nbytes)[:] = plain
 
     def download(self, address: int, data: NDArray[np.generic]) -> None:
         data.reshape(-1).view(np.uint8)[:] = self._view(address, data.nbytes)
@@ -122,15 +160,17 @@ class EmulatedDevice:
     def pinned(self, nbytes: int) -> tuple[NDArray[np.uint8], int]:
         return self._new(nbytes, 0)
 
-    def build(self, program: Program) -> Mapping[str, Callable[[NDArray[np.void]], None]]:
-        module = compiled(program.source)
+    def build(self, program: Program) -> Mapping[str, Launch]:
+        module = compiled(self.edit(program.source))
 
-        def launcher(name: str) -> Callable[[NDArray[np.void]], None]:
+        def launcher(name: str) -> Launch:
             def launch(args: NDArray[np.void]) -> None:
                 self.before_launch(args)
                 self.launches.append(name)
+                threads, shared = 32 * (program.tuning.warps + 1), program.maps[name].total_bytes
+                assert shared <= self.facts.shared_bytes
                 module.launch(
-                    name, program.tuning.grid, 32 * (program.tuning.warps + 1), program.maps[name].total_bytes, args,
+                    name, program.tuning.grid, threads, shared, args,
                     order=self.order, seed=self.seed, timeout_s=self.timeout_s,
                 )  # fmt: skip
 
@@ -144,38 +184,246 @@ class EmulatedDevice:
         return 1 << 34
 
 
-def emulated(model: RandomModel, grid: int = 2, *, kv_type: str | None = None, max_context: int | None = None,
-             tuning: Mapping[str, int | bool] | None = None, **device: Any) -> StepModel:
-    """The kernel over a random model on an emulated device. Patience is long: a step takes a second."""
+class CountingCudaDevice(CudaDevice):
+    """A GPU that notes every launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[str] = []
+
+    def build(self, program: Program) -> Mapping[str, Launch]:
+        def counted(name: str, launch: Launch) -> Launch:
+            def run(args: NDArray[np.void]) -> None:
+                self.launches.append(name)
+                launch(args)
+
+            return run
+
+        return {name: counted(name, launch) for name, launch in super().build(program).items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a model is run. A GPU runs its blocks and warps in whatever order it likes."""
+
+    grid: int | None = 2  # blocks; None: all multiprocessors (13 of the emulated device)
+    order: Order = "forward"
+    seed: int = 0
+    capability: int = 90  # 80: cp.async in place of bulk copies
+    shared_bytes: int = 101376  # of a block
+    small: bool = True  # a small ring and short splits, so that tiny models go round them often
+    kv_type: str | None = None
+    max_context: int | None = None
+    edit: Callable[[str], str] | None = None  # emulated only
+
+
+class Machine:
+    """Opens models on one kind of device, ``emulated`` or ``cuda``, and closes them all."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._open: list[StepModel] = []
+
+    def open(self, model: RandomModel, run: Run | None = None, **changes: Any) -> StepModel:
+        """The kernel over a model. A wait's limit is long where a step may take a second."""
+        run = replace(run or Run(), **changes)
+        step = StepModel(
+            model, self._device(run), run.max_context or model.config.max_context,
+            kv_type=run.kv_type, tuning=tuning(model.config, run, self._facts(run)),
+            watchdog_ns=120 * 10**9 if self.kind == "emulated" else 10**9,
+        )  # fmt: skip
+        self._open.append(step)
+        return step
+
+    def close(self) -> None:
+        for step in self._open:
+            step.close()
+        self._open.clear()
+
+    def _device(self, run: Run) -> Any:
+        if self.kind == "cuda":
+            return CountingCudaDevice()
+        return EmulatedDevice(
+            run.grid or 13, capability=run.capability, shared_bytes=run.shared_bytes,
+            order=run.order, seed=run.seed, edit=run.edit,
+        )  # fmt: skip
+
+    def _facts(self, run: Run) -> DeviceFacts:
+        facts = DeviceFacts(run.capability, run.grid or 13, run.shared_bytes)
+        if self.kind == "cuda":
+            real = CudaDevice().facts
+            facts = DeviceFacts(
+                min(run.capability, real.compute_capability),
+                run.grid or real.multiprocessors,
+                min(run.shared_bytes, real.shared_bytes),
+            )
+        return facts
+
+
+def tuning(config: ModelConfig, run: Run, facts: DeviceFacts) -> Any:
+    """The tuning of a run: by the rules, or small."""
+    if not run.small:
+        return choose(config, facts)
+    small = {"stages": 8, "stage_bytes": 64 * config.head_dim, "in_flight_bytes": 12288}
+    return choose(config, facts, **small, split_blocks=2)
+
+
+def emulated(
+    model: RandomModel,
+    grid: int = 2,
+    *,
+    tuning: Mapping[str, int | bool] | None = None,
+    kv_type: str | None = None,
+    max_context: int | None = None,
+    **device: Any,
+) -> StepModel:
+    """The kernel over a random model on an emulated device, with single fields of tuning."""
     emulator = EmulatedDevice(grid, **device)
-    # Small stages and a small ring, so that a tiny model goes round it several times.
-    small: dict[str, int | bool] = {"stages": 8, "stage_bytes": 64 * model.config.head_dim, "in_flight_bytes": 12288}
+    small = {"stages": 8, "stage_bytes": 64 * model.config.head_dim, "in_flight_bytes": 12288}
     chosen = choose(model.config, emulator.facts, **(small | dict(tuning or {})))
-    return StepModel(model, emulator, max_context or model.config.max_context, kv_type=kv_type, tuning=chosen,  # type: ignore[arg-type]
-                     watchdog_ns=120 * 10**9)
+    context = max_context or model.config.max_context
+    return StepModel(
+        model, emulator, context, kv_type=kv_type, tuning=chosen, watchdog_ns=120 * 10**9
+    )
 
 
-def kernel_rounding(model: RandomModel, kv_type: str | None = None) -> Callable[[str, NDArray[Any]], NDArray[Any]]:
+# What must come out
+
+
+def feed(
+    step: StepModel, tokens: Sequence[int], widths: Sequence[int], position: int = 0
+) -> NDArray[np.float32]:
+    """Logits [n, vocab] of ``tokens`` in steps of ``widths`` columns, again from the first width on.
+
+    Checks on the way that each step is one launch and that its token is the largest logit's.
+    """
+    logits: list[NDArray[np.float32]] = []
+    done = 0
+    while done < len(tokens):
+        width = min(widths[len(logits) % len(widths)], len(tokens) - done)
+        before = len(step.device.launches)  # type: ignore[attr-defined]
+        ticket = step.step(tokens[done : done + width], position + done, logits=True)
+        assert len(step.device.launches) == before + 1  # type: ignore[attr-defined]
+        logits.append(step.read_logits(width))
+        assert step.token(ticket) == int(logits[-1][-1].argmax())
+        done += width
+    return np.concatenate(logits)
+
+
+def random_tokens(config: ModelConfig, n: int, seed: int = 1) -> list[int]:
+    """Token ids [n]; the first and the last of the vocabulary are among them."""
+    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, n).tolist()
+    tokens[: min(2, n)] = [config.vocab_size - 1, 0][: min(2, n)]
+    return [int(token) for token in tokens]
+
+
+def round_to(type: str, values: Array) -> Array:
+    """Values rounded to bf16 or fp16, in their own dtype."""
+    if type == "bf16":
+        return bf16_to_fp32(fp32_to_bf16(values.astype(np.float32))).astype(values.dtype)
+    return values.astype(np.float16).astype(values.dtype)
+
+
+def default_kv_type(model: RandomModel) -> str:
+    return "bf16" if model.matrices["layers.0.wqkv"].type == "bf16" else "fp16"
+
+
+def kernel_rounding(
+    model: RandomModel, kv_type: str | None = None
+) -> Callable[[str, Array], Array]:
     """The reference's hook that rounds where the kernel rounds."""
-    bf16 = model.matrices["layers.0.wqkv"].type == "bf16"
-    kv_bf16 = bf16 if kv_type is None else kv_type == "bf16"
+    activations = default_kv_type(model)
 
-    def rounding(name: str, values: NDArray[Any]) -> NDArray[Any]:
-        to_bf16 = bf16 if name == "activation" else kv_bf16
-        if to_bf16:
-            return bf16_to_fp32(fp32_to_bf16(values.astype(np.float32))).astype(values.dtype)
-        return values.astype(np.float16).astype(values.dtype)
+    def rounding(name: str, values: Array) -> Array:
+        return round_to(activations if name == "activation" else kv_type or activations, values)
 
     return rounding
 
 
-def references(model: RandomModel, tokens: list[int], kv_type: str | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Logits [n, vocab] of the float64 reference, and of the same rounding where the kernel rounds."""
-    exact = Reference(model, dtype=np.float64).forward(tokens, 0, all_logits=True)
-    rounded = Reference(model, dtype=np.float64, rounding=kernel_rounding(model, kv_type)).forward(tokens, 0, all_logits=True)
-    return exact, rounded
+def both_references(model: RandomModel, kv_type: str | None = None) -> tuple[Reference, Reference]:
+    """The reference in float64, and the same rounding where the kernel rounds."""
+    rounding = kernel_rounding(model, kv_type)
+    exact = Reference(model, dtype=np.float64)
+    return exact, Reference(model, dtype=np.float64, rounding=rounding)
 
 
-def bound(exact: NDArray[Any], rounded: NDArray[Any]) -> float:
-    """The tolerance of docs/design.md: twice the error of the same precision, plus float32 noise."""
+def references(
+    model: RandomModel, tokens: Sequence[int], kv_type: str | None = None
+) -> tuple[Array, Array]:
+    """Logits [n, vocab] of both references."""
+    exact, rounded = both_references(model, kv_type)
+    return exact.forward(tokens, 0, all_logits=True), rounded.forward(tokens, 0, all_logits=True)
+
+
+def bound(exact: Array, rounded: Array) -> float:
+    """The tolerance of docs/design.md: twice the error of the same precision, and float32 noise."""
     return float(2 * np.abs(rounded - exact).max() + 1e-6 * np.abs(exact).max())
+
+
+def assert_within_bound(logits: Array, exact: Array, rounded: Array) -> None:
+    error, limit = float(np.abs(logits - exact).max()), bound(exact, rounded)
+    assert error <= limit, f"largest error {error:g}, bound {limit:g}"
+
+
+# The KV cache: [kv head][block of 16 positions][K | V] a layer
+
+
+def _offsets(name: str, head_dim: int) -> Array:
+    """Where k_offset or v_offset of cuda/attention.cuh puts each value of a block: int [16, head_dim].
+
+    Read from the source, so that the cache's layout is written down once. In units of 16 bits.
+    """
+    source = (resource_dir("cuda") / "attention.cuh").read_text(encoding="utf-8")
+    body = re.search(rf"int {name}\(int position, int dim\) {{\s*return ([^;]*);", source)
+    assert body is not None
+    position, dim = np.arange(16)[:, None], np.arange(head_dim)[None, :]
+    names = {"position": position, "dim": dim, "kHeadDim": head_dim, "kHalfBytes": 32 * head_dim}
+    offsets: Array = eval(" ".join(body[1].replace("/", "//").split()), names)
+    return offsets // 2
+
+
+def _empty_blocks(step: StepModel) -> Array:
+    """The cache's shape: uint16 [n_layers, n_kv_heads, blocks, 2 * 16 * head_dim]."""
+    config, blocks = step.config, int(step._args["max_blocks"])
+    shape = (config.n_layers, config.n_kv_heads, blocks, 32 * config.head_dim)
+    return np.zeros(shape, np.uint16)
+
+
+def read_cache(step: StepModel) -> tuple[Array, Array]:
+    """Keys and values as bits, uint16 [n_layers, n_kv_heads, positions, head_dim] each."""
+    raw = _empty_blocks(step)
+    step.device.download(int(step._args["kv_cache"]), raw)
+    layers, heads, blocks, _ = raw.shape
+    shape = (layers, heads, blocks * 16, step.config.head_dim)
+    keys, values = (raw[..., _offsets(n, shape[3])].reshape(shape) for n in ("k_offset", "v_offset"))
+    return keys, values
+
+
+def write_cache(step: StepModel, keys: Array, values: Array) -> None:
+    """The inverse of read_cache; positions beyond those given become zeros."""
+    raw = _empty_blocks(step)
+    layers, heads, blocks, _ = raw.shape
+    dim = step.config.head_dim
+    for name, bits in (("k_offset", keys), ("v_offset", values)):
+        whole = np.zeros((layers, heads, blocks * 16, dim), np.uint16)
+        whole[:, :, : bits.shape[2]] = bits
+        raw[..., _offsets(name, dim)] = whole.reshape(layers, heads, blocks, 16, dim)
+    step.device.upload(int(step._args["kv_cache"]), raw)
+
+
+def fill_cache(
+    step: StepModel, references: Sequence[Reference], length: int, kv_type: str, seed: int = 3
+) -> None:
+    """Random keys and values at the first ``length`` positions of the kernel and the references."""
+    rng = np.random.default_rng(seed)
+    config = step.config
+    shape = (2, config.n_layers, config.n_kv_heads, length, config.head_dim)
+    both = round_to(kv_type, rng.standard_normal(shape).astype(np.float32))
+    as_bits = fp32_to_bf16 if kv_type == "bf16" else lambda v: v.astype(np.float16).view(np.uint16)
+    write_cache(step, as_bits(both[0]), as_bits(both[1]))
+    for reference in references:
+        reference.length = 0
+        reference._allocate(min(reference.max_context, length + 64))
+        reference._keys[:, :, :length] = both[0]
+        reference._values[:, :, :length] = both[1]
+        reference.length = length

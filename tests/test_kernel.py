@@ -1,0 +1,393 @@
+"""The step kernel against the reference, on the emulated device and, where there is one, on a GPU.
+
+The tolerance is that of docs/design.md: twice what rounding to the kernel's types costs, and the
+noise of float32 sums. What involves no sum of rounded values must be equal.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+
+import emulator
+import numpy as np
+import pytest
+from emulator import ORDERS
+from kernel_models import (
+    Machine,
+    RandomModel,
+    Run,
+    assert_within_bound,
+    both_references,
+    default_kv_type,
+    feed,
+    fill_cache,
+    model_config,
+    random_tokens,
+    read_cache,
+    references,
+)
+
+from minflash.config import RopeConfig
+from minflash.packing import GROUP_SIZES, GROUPED_TYPES, Layout, dequantize
+from minflash.quantize import quantize
+from minflash.sampling import Sampling, gumbel, random_bits, sample, threshold
+from minflash.step_model import CHAINED
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(emulator.compiler()) is None, reason="the emulated device needs g++"
+)
+
+LLAMA3 = RopeConfig("llama3", 500000.0, 8.0, 64, 1.0, 4.0)
+YARN = RopeConfig("yarn", 10000.0, 4.0, 128)
+DYNAMIC = RopeConfig("dynamic", 10000.0, 2.0, 32)
+LONGROPE = RopeConfig(
+    "longrope", 10000.0, 4.0, 32, short_factor=(1.0,) * 32, long_factor=tuple(1 + i / 8 for i in range(32))
+)  # fmt: skip
+
+# One model for each type and group size, each with hazards of its own.
+MODELS = {
+    "bf16": lambda: RandomModel(model_config(), "bf16"),
+    "bf16, odd windows, q and k norms, int8 head, head_dim 128": lambda: RandomModel(
+        model_config(head_dim=128, qk_norm=True, tied=False, windows=(0, 21)), "bf16", 0, ("int8", 32)
+    ),
+    "fp16, all biases, yarn, as many KV heads as heads": lambda: RandomModel(
+        model_config(n_heads=2, n_kv_heads=2, qkv_bias=True, out_bias=True, mlp_bias=True, rope=YARN), "fp16"
+    ),
+    "fp16, head_dim 96, llama3, window 17": lambda: RandomModel(
+        model_config(head_dim=96, n_heads=2, rope=LLAMA3, windows=(17,)), "fp16"
+    ),
+    "fp8 32, fp16 head": lambda: RandomModel(model_config(), "fp8", 32, ("fp16", 0)),
+    "fp8 64, untied, 5 heads on 1": lambda: RandomModel(
+        model_config(dim=192, hidden_dim=320, n_heads=5, tied=False), "fp8", 64
+    ),
+    "fp8 128": lambda: RandomModel(model_config(dim=128, hidden_dim=384, n_heads=2), "fp8", 128),
+    "int8 32, all biases": lambda: RandomModel(
+        model_config(qkv_bias=True, out_bias=True, mlp_bias=True), "int8", 32
+    ),
+    "int8 64, 6 heads on 3": lambda: RandomModel(
+        model_config(dim=64, hidden_dim=192, n_heads=6, n_kv_heads=3), "int8", 64
+    ),
+    "int8 128, bf16 head": lambda: RandomModel(
+        model_config(dim=256, hidden_dim=384, n_heads=4, n_kv_heads=2), "int8", 128, ("bf16", 0)
+    ),
+    "int4 32, head_dim 96, q and k norms": lambda: RandomModel(
+        model_config(head_dim=96, qk_norm=True), "int4", 32, ("int8", 32)
+    ),
+    "int4 64, 3 layers, windows 40, 0, 9": lambda: RandomModel(
+        model_config(dim=128, hidden_dim=192, n_layers=3, windows=(40, 0, 9)), "int4", 64, ("int8", 64)
+    ),
+    "int4 128, int4 head, 1 layer": lambda: RandomModel(
+        model_config(dim=128, hidden_dim=256, head_dim=128, n_layers=1, n_heads=2), "int4", 128, ("int4", 64)
+    ),
+}  # fmt: skip
+TYPES = [("bf16", 0), ("fp16", 0)] + [(t, g) for t in GROUPED_TYPES for g in GROUP_SIZES]
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    machine = Machine(request.param)
+    yield machine
+    machine.close()
+
+
+def check(machine: Machine, model: RandomModel, run: Run, n: int, widths: tuple[int, ...]) -> None:
+    """``n`` tokens from position 0 on, in steps of ``widths``: all logits."""
+    tokens = random_tokens(model.config, n)
+    logits = feed(machine.open(model, run), tokens, widths)
+    assert_within_bound(logits, *references(model, tokens, run.kv_type))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_type_and_architecture(machine: Machine, name: str) -> None:
+    """Positions 0 to 19 one by one, then the edges of blocks within steps of 1, 2, 7 and 8."""
+    model = MODELS[name]()
+    check(machine, model, Run(), 76, (1,) * 20 + (7, 8, 2, 8, 1, 8, 7, 8, 7))
+
+
+@pytest.mark.parametrize("grid", [1, 7, None])
+@pytest.mark.parametrize("name", ["bf16", "int4 64, 3 layers, windows 40, 0, 9"])
+def test_grids(machine: Machine, name: str, grid: int | None) -> None:
+    few = machine.kind == "cuda" or grid is None
+    for seed, order in enumerate(ORDERS[-1:] if few else ORDERS):
+        check(machine, MODELS[name](), Run(grid, order, seed), 40, (1, 8, 2, 1, 7, 1, 8))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8 64, untied, 5 heads on 1", "int8 32, all biases"])
+def test_cp_async(machine: Machine, name: str) -> None:
+    """The path of sm_80 to sm_89."""
+    for seed, order in enumerate(ORDERS if machine.kind == "emulated" else ORDERS[:1]):
+        check(machine, MODELS[name](), Run(2, order, seed, capability=80), 27, (1, 8, 2, 1, 7))
+
+
+@pytest.mark.parametrize(
+    "capability, shared_bytes", [(80, 166912), (89, 101376), (90, 232448), (120, 101376)]
+)
+def test_the_rules_of_tuning(machine: Machine, capability: int, shared_bytes: int) -> None:
+    """Rings and stages as on real cards."""
+    run = Run(7, "random", capability=capability, shared_bytes=shared_bytes, small=False)
+    check(machine, MODELS["int4 32, head_dim 96, q and k norms"](), run, 40, (8, 1, 2, 1, 7))
+
+
+@pytest.mark.parametrize("kv_type", ["bf16", "fp16"])
+@pytest.mark.parametrize("type", ["bf16", "fp16"])
+def test_cache_types(machine: Machine, type: str, kv_type: str) -> None:
+    model = RandomModel(model_config(), type)
+    check(machine, model, Run(kv_type=kv_type), 40, (1, 8, 2, 1, 7))
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, DYNAMIC, LONGROPE], ids=lambda rope: rope.kind)
+def test_rope_of_the_whole_sequence(machine: Machine, rope: RopeConfig) -> None:
+    """A prompt of 50 and its continuation; frequencies may depend on the length."""
+    model = RandomModel(model_config(rope=rope), "fp16")
+    step, (exact, rounded) = machine.open(model), both_references(model)
+    tokens = random_tokens(model.config, 56)
+    for begin in range(0, 50, 8):
+        step.step(tokens[begin : min(begin + 8, 50)], begin, length=50, head=False)
+    for reference in (exact, rounded):
+        reference.forward(tokens[:50], 0)
+    for position in range(50, 56):
+        logits = feed(step, tokens[position : position + 1], (1,), position)
+        expected = [r.forward(tokens[position : position + 1], position) for r in (exact, rounded)]
+        assert_within_bound(logits[0], *expected)
+
+
+def split_edges(machine: Machine, model: RandomModel, run: Run, lengths: list[int]) -> None:
+    """Steps of 1 and of 8 after a random past of each of ``lengths`` positions."""
+    step = machine.open(model, run)
+    exact, rounded = both_references(model, run.kv_type)
+    for length in lengths:
+        for width in (1, 8):
+            width = min(width, model.config.max_context - length)
+            fill_cache(step, (exact, rounded), length, run.kv_type or default_kv_type(model))
+            tokens = random_tokens(model.config, width, length)
+            logits = feed(step, tokens, (width,), length)
+            expected = [r.forward(tokens, length, all_logits=True) for r in (exact, rounded)]
+            assert_within_bound(logits, *expected)
+
+
+@pytest.mark.parametrize("grid", [2, 7, None])
+def test_split_edges(machine: Machine, grid: int | None) -> None:
+    """Splits of 2 blocks: edges at multiples of 32 positions, up to the end of the context."""
+    lengths = [15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 504, 510, 511]
+    split_edges(machine, MODELS["bf16"](), Run(grid), lengths)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_split_edges_of_the_rules(machine: Machine, capability: int) -> None:
+    """Splits as the rules of tuning make them, several KV heads, a window that begins within a block."""
+    config = model_config(
+        n_heads=4, n_kv_heads=2, head_dim=128, windows=(0, 200), max_context=1500, n_layers=2
+    )
+    run = Run(13, "random", capability=capability, small=False)
+    split_edges(machine, RandomModel(config, "fp16"), run, [127, 128, 129, 255, 256, 257, 1023, 1499])
+
+
+def test_far_positions(machine: Machine) -> None:
+    """An angle is exact at any position: the last of 40000."""
+    config = model_config(n_layers=1, max_context=40000, windows=(300,), rope=LLAMA3)
+    model = RandomModel(config, "fp16")
+    split_edges(machine, model, Run(7), [39990, 39999])
+
+
+def test_rewind(machine: Machine) -> None:
+    """Other tokens from an earlier position on replace the former ones."""
+    model = MODELS["bf16"]()
+    step = machine.open(model)
+    first, second = random_tokens(model.config, 45), random_tokens(model.config, 45, 9)
+    feed(step, first, (8,))
+    for position in (33, 32, 18, 7, 0):
+        tokens = first[:position] + second[position:]
+        logits = feed(step, tokens[position:], (1, 7, 2, 8), position)
+        exact, rounded = references(model, tokens)
+        assert_within_bound(logits, exact[position:], rounded[position:])
+
+
+def test_chained_tokens(machine: Machine) -> None:
+    """A launch goes on with the token that the launch before chose, without asking the host."""
+    model = MODELS["int4 64, 3 layers, windows 40, 0, 9"]()
+    step = machine.open(model)
+    tickets = [step.step([5, 6, 7], 0)]
+    tickets += [step.step([CHAINED], position) for position in range(3, 20)]
+    step.wait()
+    tokens = [step.token(ticket) for ticket in tickets]
+    logits = feed(machine.open(model), [5, 6, 7, *tokens[:-1]], (3, *(1,) * 17))
+    assert tokens == logits[2:].argmax(axis=1).tolist()
+    assert len(step.device.launches) == 18  # type: ignore[attr-defined]
+
+
+def test_steps_without_a_head(machine: Machine) -> None:
+    """Prefill computes no logits, and what follows is the same."""
+    model = MODELS["int8 32, all biases"]()
+    tokens = random_tokens(model.config, 27)
+    step, other = machine.open(model), machine.open(model)
+    for begin in range(0, 24, 8):
+        step.step(tokens[begin : begin + 8], begin, head=False)
+    logits = feed(step, tokens[24:], (1,), 24)
+    assert (logits == feed(other, tokens, (8, 8, 8, 1, 1, 1))[24:]).all()
+
+
+def test_bitwise_repeatable(machine: Machine) -> None:
+    """In any order of blocks, warps and copies."""
+    model = MODELS["int4 64, 3 layers, windows 40, 0, 9"]()
+    tokens = random_tokens(model.config, 70)
+    runs = [Run(7, order, seed) for seed, order in enumerate(ORDERS)]
+    logits = [feed(machine.open(model, run), tokens, (8, 8, 8, 8, 8, 8, 7, 1)) for run in runs]
+    assert all((other == logits[0]).all() for other in logits[1:])
+
+
+# Equal, not only near
+
+
+def one_hot_matrix(layout: Layout, columns: np.ndarray) -> np.ndarray:
+    """float32 [rows, cols] with a single value in each row, so large that every type holds it."""
+    values = np.zeros((layout.rows, layout.cols), np.float32)
+    values[np.arange(len(columns)), columns] = {"int4": 15, "int8": 127}.get(layout.type, 448)
+    return values
+
+
+def exact_model(type: str, group: int) -> RandomModel:
+    """One layer that adds nothing to the residual. Token t < 256 is 16 e_t after the first norm.
+
+    The value that position p writes is then 16 times column tokens[p] of W_v, without any rounding
+    of sums; 16 is the root of dim. RoPE does not turn, so the same holds for keys. The last 40
+    tokens are random. Weights have 8 significant bits, which fp16 and bf16 caches both hold.
+    """
+    config = model_config(
+        dim=256, hidden_dim=128, head_dim=64, n_heads=4, n_kv_heads=2, vocab_size=296, n_layers=1,
+        tied=False, norm_eps=1e-30, rope=RopeConfig("linear", factor=1e30),
+    )  # fmt: skip
+    model = RandomModel(config, type, group, seed=4)
+    embed = dequantize(model.matrix("embed")).copy()
+    embed[:256] = one_hot_matrix(Layout(256, 256, type, group), np.arange(256))
+    model.put("embed", quantize(embed, type, group, search=False))
+    for name in ("wo", "w_down"):
+        layout = model.matrices[f"layers.0.{name}"]
+        zero = np.zeros((layout.rows, layout.cols), np.float32)
+        model.put(f"layers.0.{name}", quantize(zero, type, group, search=False))
+    model.put("layers.0.attn_norm", np.ones(256, np.float32))
+    return model
+
+
+@pytest.mark.parametrize("type, group", TYPES)
+def test_dequantization_and_the_cache_are_exact(machine: Machine, type: str, group: int) -> None:
+    """Every column of W_k and W_v meets the matrix units alone, and lies where it belongs."""
+    model = exact_model(type, group)
+    step = machine.open(model, kv_type="fp16", max_context=320)
+    order = np.random.default_rng(5).permutation(256).tolist()
+    empty = read_cache(step)
+    feed(step, order[:240], (8,))
+    feed(step, order[240:], (1,), 240)
+    wqkv = dequantize(model.matrix("layers.0.wqkv")).astype(np.float64)
+    for bits, before, first in zip(read_cache(step), empty, (256, 384), strict=True):
+        rows = wqkv[first : first + 128].reshape(2, 64, 256)  # [KV head, head_dim, dim]
+        expected = (16 * rows[:, :, order]).swapaxes(1, 2).astype(np.float16)
+        assert (bits[0, :, :256].view(np.float16) == expected).all()
+        assert (bits[0, :, 256:] == before[0, :, 256:]).all()
+
+
+@pytest.mark.parametrize("type, group", TYPES)
+def test_embedding_is_exact(machine: Machine, type: str, group: int) -> None:
+    """The residual is the embedding, as the layer adds nothing."""
+    model = exact_model(type, group)
+    step = machine.open(model, kv_type="fp16", max_context=320)
+    tokens = [295, 0, 255, 256, 257, 271, 272, 290]
+    feed(step, tokens, (8,))
+    residual = np.empty((8, 256), np.float32)
+    step.device.download(int(step._args["workspace"]) + step.program.workspace["residual"], residual)
+    assert (residual == dequantize(model.matrix("embed"))[tokens]).all()
+
+
+def test_a_step_writes_its_own_positions_only(machine: Machine) -> None:
+    model = MODELS["int8 64, 6 heads on 3"]()
+    step = machine.open(model)
+    tokens = random_tokens(model.config, 40)
+    before, position = read_cache(step), 0
+    for width in (8, 7, 1, 1, 2, 8, 8):
+        feed(step, tokens[position : position + width], (width,), position)
+        after = read_cache(step)
+        for old, new in zip(before, after, strict=True):
+            changed = (old != new).any(axis=(0, 1, 3)).nonzero()[0]
+            assert changed.tolist() == list(range(position, position + width))
+        before, position = after, position + width
+
+
+# Sampling
+
+SAMPLINGS = {
+    "temperature": Sampling(temperature=0.8),
+    "top_k": Sampling(temperature=1.0, top_k=5),
+    "top_k 1": Sampling(temperature=1.0, top_k=1),
+    "top_k beyond the vocabulary": Sampling(temperature=1.3, top_k=5000),
+    "top_p": Sampling(temperature=1.0, top_p=0.7),
+    "top_p of one token": Sampling(temperature=0.5, top_p=1e-6),
+    "min_p": Sampling(temperature=1.5, min_p=0.1),
+    "min_p 1": Sampling(temperature=1.5, min_p=1.0),
+    "top_k and top_p": Sampling(temperature=2.0, top_k=20, top_p=0.9),
+    "all": Sampling(temperature=1.2, top_k=50, top_p=0.95, min_p=0.02),
+}
+
+
+def assert_sampled(token: int, logits: np.ndarray, sampling: Sampling, position: int) -> None:
+    """The token is the specification's, or their difference is within the last bits of log and exp.
+
+    One unit in the last place of a log or exp moves a score, or a threshold, by less than 1e-5.
+    """
+    if token == sample(logits, sampling, position):
+        return
+    scaled = logits / np.float32(sampling.temperature)
+    assert sampling.seed is not None
+    bits = random_bits(np.arange(-(-logits.size // 4), dtype=np.uint32), position, sampling.seed)
+    scores = scaled + gumbel(bits.reshape(-1)[: logits.size])
+    limit = threshold(scaled, sampling)
+    surely_kept = scaled >= limit + 1e-5
+    assert scaled[token] >= limit - 1e-5
+    assert scores[token] >= scores[surely_kept].max(initial=-np.inf) - 1e-5
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_sampling_is_the_specification(machine: Machine, name: str) -> None:
+    """With the same seed and position, on the kernel's own logits."""
+    model = MODELS["bf16"]()
+    step = machine.open(model, Run(2, "random"))
+    seen = set()
+    for seed in (0, 1, 2**32 - 1, 2**32, 2**64 - 1, 12345678901234567890, 7, 8):
+        for position, tokens in ((0, [3]), (1, [9]), (2, [1, 2, 3]), (5, [8] * 8)):
+            sampling = replace(SAMPLINGS[name], seed=seed)
+            ticket = step.step(tokens, position, logits=True, sampling=sampling)
+            logits = step.read_logits(len(tokens))[-1]
+            token = step.token(ticket)
+            assert_sampled(token, logits, sampling, position + len(tokens))
+            without = step.token(step.step(tokens, position, sampling=sampling))
+            assert without == token  # the logits need not be kept
+            seen.add(token)
+    if name in ("temperature", "min_p", "all"):
+        assert len(seen) > 4
+
+
+def test_sampling_at_a_tie(machine: Machine) -> None:
+    """Of equal logits the lowest token wins; top_k keeps tokens that tie with the last one kept."""
+    model = RandomModel(model_config(tied=False), "bf16")
+    head = np.zeros((331, 96), np.float32)
+    model.put("lm_head", quantize(head, "bf16"))
+    step = machine.open(model, Run(7))
+    assert step.token(step.step([4], 0)) == 0
+    sampling = Sampling(temperature=1.0, top_k=3, seed=5)
+    ticket = step.step([4], 0, logits=True, sampling=sampling)
+    assert_sampled(step.token(ticket), step.read_logits(1)[0], sampling, 1)
+
+
+def test_sampled_tokens_are_chained(machine: Machine) -> None:
+    model = MODELS["bf16"]()
+    sampling = Sampling(temperature=1.0, top_p=0.95, seed=99)
+    chained, plain = machine.open(model), machine.open(model)
+    tickets = [chained.step([4], 0, sampling=sampling)]
+    tickets += [chained.step([CHAINED], p, sampling=sampling) for p in range(1, 12)]
+    chained.wait()
+    token = 4
+    for position, ticket in enumerate(tickets):
+        token = plain.token(plain.step([token], position, sampling=sampling))
+        assert token == chained.token(ticket)
+
+
