@@ -156,7 +156,7 @@ __device__ void choose(const StepArgs& args, Candidate mine, const float* logits
     mine = best_of_block<Map>(mine);
   }
   if (threadIdx.x == 0) {
-    *next_token = mine.token;
+    *next_token = mine.token < (u32)model::kVocab ? mine.token : 0;  // no logit was finite: the host will say so
     st_release_sys(reinterpret_cast<u64*>(args.mailbox), (u64)args.ticket << 32 | mine.token);
   }
 }

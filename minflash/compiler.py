@@ -46,7 +46,7 @@ def compile_all(
     pool = ThreadPoolExecutor(max(1, len(missing)), "minflash-compile")
     results: dict[str, Callable[[], bytes]] = {}
     for name, chosen in options.items():
-        run = compile_in_child if name in missing[1:] else compiled
+        run = compile_in_child if name in missing[:-1] else compiled  # the last one here
         future: Future[bytes] = pool.submit(run, source, tuple(chosen))
         results[name] = future.result
     pool.shutdown(wait=False)

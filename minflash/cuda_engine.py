@@ -49,11 +49,20 @@ class CudaEngine:
             from .device import CudaDevice
 
             device = CudaDevice()
-        self.config = checkpoint.config
         with Upload(checkpoint) as upload:
-            self._model: StepModel | None = StepModel(upload, device, max_context, tuning=tuning)
-        self.max_context = self._model.max_context
-        self.peak_memory_bytes = self._model.nbytes
+            self._take(StepModel(upload, device, max_context, tuning=tuning))
+
+    @classmethod
+    def over(cls, model: StepModel) -> CudaEngine:
+        """An engine over a model that is on its device already; closes it in the end."""
+        engine = cls.__new__(cls)
+        engine._take(model)
+        return engine
+
+    def _take(self, model: StepModel) -> None:
+        self._model: StepModel | None = model
+        self.config, self.max_context = model.config, model.max_context
+        self.peak_memory_bytes = model.nbytes
 
     def tokens(
         self, prompt: Sequence[int], sampling: Sampling, count: int

@@ -1,9 +1,8 @@
-"""The engine over the kernel, here on the emulated device: what the GPU path does around launches."""
+"""The engine over the kernel, on the emulated device: what the GPU path does around launches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,17 @@ import pytest
 from kernel_models import EmulatedDevice, RandomModel, bound, references
 
 from minflash.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from minflash.codegen import generate
 from minflash.config import ModelConfig
-from minflash.cuda_engine import CudaEngine
+from minflash.cuda_engine import AHEAD, CudaEngine
 from minflash.engine import CpuEngine
+from minflash.errors import CheckpointError, ContextError, DeviceError, MinflashError
+from minflash.gpu_memory import MARGIN_BYTES, cache_bytes, gpu_context
 from minflash.sampling import Sampling
+from minflash.step_model import StepModel
 from minflash.tensors import expected_tensors
 from minflash.tuning import Tuning, choose
+from minflash.upload import Upload
 
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 96,
@@ -84,3 +88,142 @@ def test_greedy_tokens_are_the_references(engine: CudaEngine, checkpoint: Checkp
     expected = list(CpuEngine(checkpoint).tokens(PROMPT, GREEDY, 6))
     assert list(engine.tokens(PROMPT, GREEDY, 6)) == expected
     assert list(engine.tokens(PROMPT, GREEDY, 1)) == expected[:1]
+
+
+def test_drawn_tokens_are_the_references(engine: CudaEngine, checkpoint: Checkpoint) -> None:
+    sampling = Sampling(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, seed=7)
+    expected = list(CpuEngine(checkpoint).tokens(PROMPT, sampling, 6))
+    assert list(engine.tokens(PROMPT, sampling, 6)) == expected
+
+
+def test_steps_are_launched_ahead_but_never_too_many(checkpoint: Checkpoint) -> None:
+    engine, device = open_engine(checkpoint, 64)
+    tokens = engine.tokens(PROMPT, GREEDY, 20)
+    next(tokens)
+    assert device.launches == ["step_many", "step_many", *["step_one"] * AHEAD]
+    for _ in range(3):
+        next(tokens)
+    assert len(device.launches) == 2 + AHEAD + 3
+    assert len(list(tokens)) == 16
+    assert len(device.launches) == 2 + 19  # the last token is never read
+    engine.close()
+
+
+def test_only_the_last_chunk_of_a_prompt_computes_the_head(checkpoint: Checkpoint) -> None:
+    heads: list[tuple[int, int]] = []
+    engine, _ = open_engine(
+        checkpoint,
+        64,
+        before_launch=lambda args: heads.append((int(args["n_columns"]), int(args["head"]))),
+    )
+    assert len(list(engine.tokens([*PROMPT, *PROMPT[:7]], GREEDY, 1))) == 1
+    assert heads == [(8, 0), (8, 0), (1, 1)]
+    engine.close()
+
+
+def test_a_closed_generation_leaves_the_engine_usable(engine: CudaEngine) -> None:
+    expected = list(engine.tokens(PROMPT, GREEDY, 5))
+    for taken in (0, 1, 3):
+        tokens = engine.tokens(PROMPT[::-1], GREEDY, 20)
+        for _ in range(taken):
+            next(tokens)
+        tokens.close()
+        assert list(engine.tokens(PROMPT, GREEDY, 5)) == expected
+
+
+def test_a_generation_fills_the_context_to_its_last_position(checkpoint: Checkpoint) -> None:
+    engine, _ = open_engine(checkpoint, len(PROMPT) + 3)
+    assert len(list(engine.tokens(PROMPT, GREEDY, 3))) == 3
+    with pytest.raises(ContextError, match="position 13 is past the context of 13"):
+        list(engine.tokens([*PROMPT, 1, 2, 3, 4], GREEDY, 1))
+    engine.close()
+
+
+def test_logits_that_are_not_finite_are_an_error(model: RandomModel) -> None:
+    broken = RandomModel(model.config, "bf16", seed=3)
+    broken.put("final_norm", np.full(model.config.dim, np.nan))
+    device = EmulatedDevice()
+    step = StepModel(broken, device, 64, tuning=small_tuning(model.config, device))
+    engine = CudaEngine.over(step)
+    with pytest.raises(MinflashError, match=r"no finite logit \(position 10\): its weights are"):
+        list(engine.tokens(PROMPT, GREEDY, 5))
+
+
+def test_an_alarm_names_what_waited_and_the_model_works_again(
+    checkpoint: Checkpoint, model: RandomModel
+) -> None:
+    engine, _ = open_engine(checkpoint, 64)
+    step = engine._open_model()
+    step._args["watchdog_ns"], patience = 5_000_000, int(step._args["watchdog_ns"])
+    step._arrivals += 1  # one arrival more than there will ever be
+    with pytest.raises(
+        DeviceError,
+        match=r"longer than 0.005 s: grid barrier, block [01], phase 1, expected 3, seen 2",
+    ):
+        list(engine.tokens(PROMPT, GREEDY, 4))
+    step._args["watchdog_ns"] = patience
+    exact, rounded = references(model, PROMPT)
+    assert np.abs(engine.logits(PROMPT) - exact).max() <= bound(exact, rounded)
+    engine.close()
+
+
+def test_the_context_is_the_models_own_or_what_fits(checkpoint: Checkpoint) -> None:
+    engine, device = open_engine(checkpoint)
+    assert engine.max_context == 512
+    assert engine.peak_memory_bytes >= checkpoint.nbytes
+    engine.close()
+    assert not device._arrays
+    with pytest.raises(ContextError, match="max_context is 513, but the model's own is 512"):
+        open_engine(checkpoint, 513)
+
+
+def test_too_little_memory_says_needs_has_and_what_fits(
+    checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = checkpoint.config
+    program = generate(config, checkpoint.matrices, small_tuning(config, EmulatedDevice()))
+    fixed = program.weights.nbytes + program.workspace["total"] + MARGIN_BYTES
+    for room in (16, 304):
+        free = fixed + cache_bytes(config, room)
+        with pytest.raises(ContextError, match=f"needs .* are free; the largest.* fits is {room}$"):
+            gpu_context(config, program, free, 511)
+        assert gpu_context(config, program, free, room) == room
+        assert gpu_context(config, program, free, None) == room
+        assert f"the context is {room} positions, bounded by" in caplog.text
+    with pytest.raises(DeviceError, match=r"the weights and buffers need .* are free now; close"):
+        gpu_context(config, program, fixed - 1, None)
+
+
+def test_a_closed_engine_says_so(checkpoint: Checkpoint) -> None:
+    engine, _ = open_engine(checkpoint, 64)
+    engine.close()
+    engine.close()
+    with pytest.raises(DeviceError, match="this engine is closed; load the model again"):
+        engine.logits([1])
+
+
+def test_bad_numbers_in_the_weight_file_are_found_during_the_upload(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raw(self: Checkpoint, name: str) -> Any:
+        if name == "layers.1.ffn_norm":
+            raise CheckpointError("layers.1.ffn_norm holds NaN")
+        return original(self, name)
+
+    original = Checkpoint.raw
+    monkeypatch.setattr(Checkpoint, "raw", raw)
+    device = EmulatedDevice()
+    with pytest.raises(CheckpointError, match="ffn_norm holds NaN"):
+        CudaEngine(checkpoint, 64, device=device, tuning=small_tuning(checkpoint.config, device))
+    assert not device._arrays
+
+
+def test_an_upload_copies_every_byte_in_any_order(checkpoint: Checkpoint) -> None:
+    for names in (checkpoint.names, checkpoint.names[::-1]):
+        device = EmulatedDevice()
+        with Upload(checkpoint, progress=True) as upload:
+            for name in names:
+                data = checkpoint.raw(name)
+                address = device.allocate(data.nbytes)
+                upload.copy_to(device, name, address)
+                assert np.array_equal(device._view(address, data.nbytes), data.reshape(-1))
