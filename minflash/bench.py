@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import statistics
 import subprocess
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .codegen import generate
 from .config import ModelConfig
+from .cuda_engine import CudaEngine
 from .device import CudaDevice, Device
 from .gpu_memory import position_bytes
 from .packing import Layout
+from .sampling import Sampling
 from .shapes import shape_config, shape_layouts
 from .step_model import CHAINED, StepModel
 from .tensors import expected_tensors
 from .tuning import choose
 
 _CEILING_BYTES = 4 << 30
+_END_TO_END_TOKENS = 256
 _READ_KERNEL = r"""
 extern "C" __global__ void __launch_bounds__(1024, 1)
 read_all(const uint4* data, unsigned long long n, unsigned* sink) {
@@ -62,6 +65,7 @@ class BenchResult:
     stages: int
     stage_bytes: int
     in_flight_bytes: int
+    end_to_end_tokens_per_s: float | None = None  # generation through the engine; None: not asked
 
 
 class RandomWeights:
@@ -156,36 +160,58 @@ class Bench:
 
     def measure(
         self, shape: str, quant: str, *, group_size: int | None = None, context: int = 128,
-        columns: int = 1, steps: int = 50, runs: int = 5, **tuning: int | bool,
+        columns: int = 1, steps: int = 50, runs: int = 5, end_to_end: bool = False,
+        **tuning: int | bool,
     ) -> BenchResult:  # fmt: skip
-        """Times ``runs`` batches of ``steps`` greedy steps of ``columns`` tokens at ``context``."""
+        """Times ``runs`` batches of ``steps`` greedy steps of ``columns`` tokens at ``context``.
+
+        end_to_end: also generates after a prompt, through the engine, around that position.
+        """
         config = shape_config(shape)
         matrices = shape_layouts(config, quant, group_size)
         chosen = choose(config, self.device.facts, **tuning)
-        model = StepModel(RandomWeights(config, matrices), self.device, context + 64, tuning=chosen)
+        weights, room = RandomWeights(config, matrices), max(64, _END_TO_END_TOKENS)
+        model = StepModel(weights, self.device, context + room, tuning=chosen)
+        try:
+            ms = self._kernel_ms(model, context, columns, steps, runs)
+            rate = _end_to_end_rate(model, context) if end_to_end else None
+        finally:
+            model.close()
+        gigabytes = step_bytes(config, matrices, context) / 1e9
+        per_second = gigabytes / ms * 1e3
+        group = matrices["layers.0.wqkv"].group_size
+        stages = model.program.maps["step_one" if columns == 1 else "step_many"].stages
+        return BenchResult(
+            shape, quant, group, context, columns, ms, columns * 1e3 / ms, gigabytes, per_second,
+            self.ceiling, 100 * per_second / self.ceiling, self.device.name, driver_version(),
+            commit(), stages, chosen.stage_bytes, chosen.in_flight_bytes, rate,
+        )  # fmt: skip
+
+    def _kernel_ms(
+        self, model: StepModel, context: int, columns: int, steps: int, runs: int
+    ) -> float:
+        """Milliseconds of device time of one step, the median of the runs."""
         tokens = [CHAINED] if columns == 1 else list(range(columns))
 
         def batch() -> None:
             for _ in range(steps):
                 model.step(tokens, context)
 
-        try:
-            model.token(model.step(list(range(1, columns + 1)), context))
-            batch()
-            ms = statistics.median(self.device.milliseconds(batch) / steps for _ in range(runs))
-            model.wait()
-        finally:
-            model.close()
-        gigabytes = step_bytes(config, matrices, context) / 1e9
-        rate = gigabytes / ms * 1e3
-        group = matrices["layers.0.wqkv"].group_size
-        maps = generate(config, matrices, chosen).maps
-        return BenchResult(
-            shape, quant, group, context, columns, ms, columns * 1e3 / ms, gigabytes, rate,
-            self.ceiling, 100 * rate / self.ceiling, self.device.name, driver_version(), commit(),
-            maps["step_one" if columns == 1 else "step_many"].stages, chosen.stage_bytes,
-            chosen.in_flight_bytes,
-        )  # fmt: skip
+        model.token(model.step(list(range(1, columns + 1)), context))
+        batch()
+        ms = statistics.median(self.device.milliseconds(batch) / steps for _ in range(runs))
+        model.wait()
+        return ms
+
+
+def _end_to_end_rate(model: StepModel, context: int) -> float:
+    """Tokens per second that a caller of the engine sees after the first, around ``context``."""
+    first = max(1, context - _END_TO_END_TOKENS // 2)
+    tokens = CudaEngine.over(model).tokens([1] * first, Sampling(), _END_TO_END_TOKENS)
+    next(tokens)
+    begin = time.perf_counter()
+    count = sum(1 for _ in tokens)
+    return count / (time.perf_counter() - begin)
 
 
 def driver_version() -> str:

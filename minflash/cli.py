@@ -30,6 +30,7 @@ EPILOG = """examples:
   minflash run --raw --json "The capital of France is"
   minflash convert HuggingFaceTB/SmolLM2-360M-Instruct -o smollm2 --quant int4
   minflash list
+  minflash bench --shape llama-3.1-8b --quant int4
 
 environment:
   MINFLASH_MODEL      the model that run takes without -m
@@ -94,6 +95,7 @@ def _parser() -> _Parser:
     _add_run_arguments(run)
     run.set_defaults(function=_run)
     _add_convert(commands.add_parser("convert", help="convert a model to minflash's format"))
+    _add_bench(commands.add_parser("bench", help="measure the kernel's speed on the GPU"))
     listing = commands.add_parser("list", help="list the models in the cache")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(function=_list)
@@ -103,7 +105,7 @@ def _parser() -> _Parser:
 
 
 def _no_command(args: argparse.Namespace) -> int:
-    raise ArgumentError("a command is needed: run, convert or list (see minflash --help)")
+    raise ArgumentError("a command is needed: run, convert, bench or list (see minflash --help)")
 
 
 _Raw = argparse.RawDescriptionHelpFormatter
@@ -124,6 +126,13 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
     convert_cli.add_arguments(parser)
     parser.set_defaults(function=convert_cli.run)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from . import bench_cli
+
+    bench_cli.add_arguments(parser)
+    parser.set_defaults(function=bench_cli.run)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from .packing import GROUP_SIZES, GROUPED_TYPES, Layout
 from .tensors import expected_tensors
 
 # dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_context, tied, theta
-_SHAPES = {
+SHAPES = {
     "smollm2-135m": (576, 1536, 64, 30, 9, 3, 49152, 8192, True, 1e5),
     "llama-3.2-1b": (2048, 8192, 64, 16, 32, 8, 128256, 131072, True, 5e5),
     "llama-3.1-8b": (4096, 14336, 128, 32, 32, 8, 128256, 131072, False, 5e5),
@@ -18,9 +18,9 @@ _SHAPES = {
 
 def shape_config(name: str) -> ModelConfig:
     """The config of a named shape. Raises ArgumentError with the names there are."""
-    if name not in _SHAPES:
-        raise ArgumentError(f"shape must be one of {', '.join(_SHAPES)}, found {name!r}")
-    dim, hidden, head_dim, layers, heads, kv_heads, vocab, context, tied, theta = _SHAPES[name]
+    if name not in SHAPES:
+        raise ArgumentError(f"shape must be one of {', '.join(SHAPES)}, found {name!r}")
+    dim, hidden, head_dim, layers, heads, kv_heads, vocab, context, tied, theta = SHAPES[name]
     return ModelConfig(
         architecture="llama", dim=dim, hidden_dim=hidden, head_dim=head_dim, n_layers=layers,
         n_heads=heads, n_kv_heads=kv_heads, vocab_size=vocab, max_context=context, norm_eps=1e-5,
@@ -32,8 +32,17 @@ def shape_config(name: str) -> ModelConfig:
 def shape_layouts(config: ModelConfig, quant: str, group_size: int | None) -> dict[str, Layout]:
     """{name: Layout} of all matrices converted with ``--quant quant``: int4 has an int8 head."""
     shapes = {name: s for name, s in expected_tensors(config).items() if len(s) == 2}
-    widest = max(g for g in GROUP_SIZES if all(cols % g == 0 for _, cols in shapes.values()))
-    group = (group_size or (64 if quant == "int4" else widest)) if quant in GROUPED_TYPES else 0
+    fitting = [g for g in GROUP_SIZES if all(cols % g == 0 for _, cols in shapes.values())]
+    widest = max(fitting)
+    if group_size is not None and quant not in GROUPED_TYPES:
+        raise ArgumentError(f"{quant} has no groups, found group size {group_size}; leave it out")
+    if group_size is not None and group_size not in fitting:
+        raise ArgumentError(
+            f"the group size must be of {', '.join(map(str, fitting))} for this shape, "
+            f"found {group_size}"
+        )
+    default = min(64, widest) if quant == "int4" else widest
+    group = (group_size or default) if quant in GROUPED_TYPES else 0
     outer = ("int8", widest) if quant == "int4" else (quant, group)
     return {
         name: Layout(*shape, *(outer if name in ("embed", "lm_head") else (quant, group)))

@@ -1,0 +1,138 @@
+"""``minflash bench``: the speed of the step kernel on named shapes with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from .errors import ArgumentError, DeviceError
+
+if TYPE_CHECKING:
+    from .bench import BenchResult
+
+EPILOG = """examples:
+  minflash bench
+  minflash bench --shape llama-3.1-8b --quant int4 --context 128
+  minflash bench --shape llama-3.2-1b,smollm2-135m --quant bf16,int4 --context 128,4096 --json
+  minflash bench --shape smollm2-135m --end-to-end
+  minflash bench --set stages=16 --set in_flight_bytes=32768
+
+The weights are random and made on the GPU: no file is needed. Several values, separated by commas,
+are measured in every combination. The ceiling is what plain loads read on this card in this run.
+"""
+QUANTS = ("bf16", "fp16", "fp8", "int8", "int4")
+_COLUMNS = ("shape", "quant", "context", "cols", "ms/step", "tok/s", "GB/s", "% of ceiling")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``minflash bench``."""
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--shape", default="llama-3.2-1b", metavar="NAMES", help="such as llama-3.1-8b")
+    add("--quant", default="int4", metavar="TYPES", help=f"of {', '.join(QUANTS)}")
+    add("--group-size", type=int, metavar="N", help="32, 64 or 128 (default: as convert takes)")
+    add("--context", default="128", metavar="NS", help="positions before the step (128)")
+    add("--columns", default="1", metavar="NS", help="tokens of one step, 1 to 8 (1)")
+    add("--steps", type=int, default=50, metavar="N", help="steps of one timing (50)")
+    add("--runs", type=int, default=5, metavar="N", help="timings, of which the median counts (5)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a tuning field")
+    add("--end-to-end", action="store_true", help="also generate through the engine, and compare")
+    add("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints. Raises ArgumentError, and DeviceError without a GPU."""
+    shapes, quants = args.shape.split(","), _members("quant", args.quant, QUANTS)
+    contexts, columns = _counts("context", args.context), _counts("columns", args.columns)
+    overrides = tuning_overrides(args.set)
+    if max(columns) > 8 or args.steps < 1 or args.runs < 1:
+        raise ArgumentError("--columns takes 1 to 8, --steps and --runs at least 1")
+    from .shapes import shape_config, shape_layouts
+
+    for shape in shapes:  # wrong names are said before anything is measured
+        for quant in quants:
+            shape_layouts(shape_config(shape), quant, args.group_size)
+    from .probe import cuda_problem
+
+    if problem := cuda_problem():
+        raise DeviceError(f"minflash bench measures a GPU, and none can be used: {problem}")
+    from .bench import Bench
+
+    bench = Bench()
+    results = []
+    for shape, quant, context, count in (
+        (s, q, n, c) for s in shapes for q in quants for n in contexts for c in columns
+    ):
+        result = bench.measure(
+            shape, quant, group_size=args.group_size, context=context, columns=count,
+            steps=args.steps, runs=args.runs, end_to_end=args.end_to_end, **overrides,
+        )  # fmt: skip
+        results.append(result)
+        if not args.json:
+            _print_row(result, header=len(results) == 1)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
+    return 0
+
+
+def tuning_overrides(settings: list[str]) -> dict[str, int | bool]:
+    """["stages=16", ...] -> {field of Tuning: value}. Raises ArgumentError."""
+    from .tuning import Tuning
+
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Tuning)}
+    overrides: dict[str, int | bool] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or name not in kinds:
+            raise ArgumentError(
+                f"--set takes KEY=VALUE with a key of {', '.join(kinds)}, found {setting!r}"
+            )
+        if kinds[name] is bool:
+            if text not in ("true", "false"):
+                raise ArgumentError(f"--set {name} must be true or false, found {text!r}")
+            overrides[name] = text == "true"
+        elif text.isascii() and text.isdigit() and int(text) > 0:
+            overrides[name] = int(text)
+        else:
+            raise ArgumentError(f"--set {name} must be a whole number above 0, found {text!r}")
+    return overrides
+
+
+def _members(name: str, text: str, allowed: tuple[str, ...]) -> list[str]:
+    values = text.split(",")
+    for value in values:
+        if value not in allowed:
+            raise ArgumentError(f"--{name} must be of {', '.join(allowed)}, found {value!r}")
+    return values
+
+
+def _counts(name: str, text: str) -> list[int]:
+    values = text.split(",")
+    if not all(value.isascii() and value.isdigit() and int(value) > 0 for value in values):
+        raise ArgumentError(f"--{name} must be whole numbers above 0, found {text!r}")
+    return [int(value) for value in values]
+
+
+def _print_row(result: BenchResult, *, header: bool) -> None:
+    if header:
+        print(
+            f"{result.card}, driver {result.driver}, commit {result.commit or 'unknown'}; ", end=""
+        )
+        print(f"read ceiling {result.ceiling_gb_per_s:.0f} GB/s")
+        end = "  end to end" if result.end_to_end_tokens_per_s else ""
+        print("{:14} {:9} {:>8} {:>5} {:>9} {:>9} {:>7} {:>13}".format(*_COLUMNS) + end)
+    group = f"-g{result.group_size}" if result.group_size else ""
+    row = (
+        f"{result.shape:14} {result.quant + group:9} {result.context:8} {result.columns:5} "
+        f"{result.ms_per_step:9.4f} {result.tokens_per_s:9.1f} {result.gb_per_s:7.0f} "
+        f"{result.percent_of_ceiling:13.1f}"
+    )
+    if result.end_to_end_tokens_per_s:
+        share = 100 * result.end_to_end_tokens_per_s / result.tokens_per_s
+        row += f"  {result.end_to_end_tokens_per_s:.1f} tok/s ({share:.1f} %)"
+    print(row)
+    sys.stdout.flush()
