@@ -107,6 +107,14 @@ def swiglu(gate: Array, up: Array) -> Array:
     return hidden
 
 
+def columns_first(values: Array, dtype: DTypeLike) -> Array:
+    """A copy with contiguous columns, whose product with one vector is nearly twice as fast."""
+    copy = np.empty(values.shape, dtype, order="F")
+    for begin in range(0, len(values), 128):  # rows whose lines stay in the cache until all is read
+        copy[begin : begin + 128] = values[begin : begin + 128]
+    return copy
+
+
 # The model
 
 
@@ -301,11 +309,15 @@ class Reference:
         self._keys, self._values = keys, values
 
     def _load(self, checkpoint: Weights) -> None:
-        """Dequantize every weight, rows as stored, contiguous: so BLAS reads each value once."""
+        """Dequantize every weight, once."""
         config = self.config
 
         def matrix(name: str) -> Array:
-            return np.ascontiguousarray(dequantize(checkpoint.matrix(name)), dtype=self.dtype)
+            return columns_first(dequantize(checkpoint.matrix(name)), self.dtype)
+
+        def gate_up(name: str) -> Array:
+            both = np.concatenate(deinterleave(dequantize(checkpoint.matrix(name))))
+            return columns_first(both, self.dtype)
 
         def vector(name: str, present: bool = True) -> Array | None:
             return checkpoint.vector(name).astype(self.dtype) if present else None
@@ -326,7 +338,7 @@ class Reference:
                 wo=matrix(name + "wo"),
                 wo_bias=vector(name + "wo_bias", config.out_bias),
                 ffn_norm=norm(name + "ffn_norm"),
-                w_gate_up=np.concatenate(deinterleave(matrix(name + "w_gate_up"))),
+                w_gate_up=gate_up(name + "w_gate_up"),
                 w_gate_up_bias=None if bias is None else np.concatenate(deinterleave(bias)),
                 w_down=matrix(name + "w_down"),
                 w_down_bias=vector(name + "w_down_bias", config.mlp_bias),
