@@ -6,6 +6,10 @@ from functools import cache
 
 import pytest
 
+from minflash.blas import prepare_blas
+
+prepare_blas()  # before a test imports NumPy
+
 
 @cache
 def gpu_problem() -> str | None:
