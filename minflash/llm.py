@@ -102,7 +102,9 @@ class LLM:
         if request.stop:
             self._need_tokenizer("stop strings are text")
         tokens = self._prompt_tokens(prompt)
-        return self._turn_of(tokens, request, self._room(len(tokens), request.max_tokens))
+        # An answer starts a text; a completion goes on, so that its first word keeps its space.
+        before = () if is_messages(prompt) else tokens
+        return self._turn_of(tokens, before, request, self._room(len(tokens), request.max_tokens))
 
     def chat(
         self,
@@ -113,7 +115,9 @@ class LLM:
     ) -> str:
         """The model's answer to a conversation, or to one message of the user given as a string."""
         tokens = self.apply_chat_template(messages, tools=tools)
-        return self.generate(tokens, **options)
+        request = parse(options, self.defaults)
+        room = self._room(len(tokens), request.max_tokens)
+        return "".join(chunk.text for chunk in self._turn_of(tokens, (), request, room))
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
         """Text -> token ids, as ``generate`` sees them.
@@ -249,26 +253,26 @@ class LLM:
                 self._owner = None
 
     def _turn_of(
-        self, prompt: list[int], request: Request, count: int
+        self, prompt: list[int], before: Sequence[int], request: Request, count: int
     ) -> Generator[Chunk, None, None]:
         with self._turn():
             clock = Clock(len(prompt))
             tokens = self._engine.tokens(prompt, request.sampling.seeded(), count)
             try:
-                yield from self._chunks(prompt, tokens, request, count, clock)
+                yield from self._chunks(before, tokens, request, count, clock)
             finally:
                 tokens.close()
                 self.last_stats = clock.stats(self._engine)
 
     def _chunks(
         self,
-        prompt: list[int],
+        before: Sequence[int],
         tokens: Iterator[int],
         request: Request,
         count: int,
         clock: Clock,
     ) -> Iterator[Chunk]:
-        decoder = self._tokenizer.stream(prompt) if self._tokenizer else None
+        decoder = self._tokenizer.stream(before) if self._tokenizer else None
         text = TextStream(decoder, request.stop)
         ends = request.stop_token_ids | (frozenset() if request.ignore_eos else self.eos_token_ids)
         for token in tokens:

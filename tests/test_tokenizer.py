@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import checkpoints
 import numpy as np
 import pytest
+from small_model import ScriptedEngine
 
+from minflash.config import ModelConfig
 from minflash.default_model import default_model
 from minflash.errors import DownloadError, TokenizerError
 from minflash.gguf_tokenizer import tokenizer_files
+from minflash.llm import LLM
 from minflash.tokenizer import Tokenizer
 
+CONFIG = replace(ModelConfig.from_hf(checkpoints.CASES["llama2"]), vocab_size=1000)
 TEXTS = {
     "english": "The quick brown fox jumps over the lazy dog. It's 9 o'clock, isn't it?",
     "german": "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
@@ -247,6 +253,16 @@ def test_a_stream_after_a_context_keeps_its_space(tmp_path: Path) -> None:
     prompt, answer = tokenizer.encode("hello"), tokenizer.encode("hello hello", add_bos=False)[1:]
     assert tokenizer.stream(prompt).push(answer[0]) == " hello"
     assert tokenizer.stream().push(answer[0]) == "hello"
+
+
+def test_an_answer_starts_without_the_space_that_a_completion_keeps(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}"
+    tokenizer = built(tmp_path, {**llama_metadata(), "tokenizer.chat_template": template})
+    words = tokenizer.encode("hello wo", add_bos=False)
+    model, count = LLM(ScriptedEngine(CONFIG, words), tokenizer), {"max_tokens": len(words)}
+    assert model.chat("hello", **count) == "hello wo"
+    assert model.generate([{"role": "user", "content": "hello"}], **count) == "hello wo"
+    assert model.generate("hello", **count) == " hello wo"
 
 
 def test_sentencepiece_without_a_prefix(tmp_path: Path) -> None:
