@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from minflash.blas import prepare_blas
 
 prepare_blas()  # before a test imports NumPy
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from small_model import write_source
+
+    return write_source(tmp_path_factory.mktemp("source") / "small")
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    import minflash
+
+    out = tmp_path_factory.mktemp("converted") / "small"
+    return minflash.convert(source, out, progress=False)
 
 
 @cache
