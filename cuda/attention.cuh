@@ -276,6 +276,7 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
                     const float* q_norm, const float* k_norm, u8* cache, float* partials, u32* arrivals, u16* out) {
   const Deal::Share share = deal.take(plan.units());
   const Scratch<Map> s = Scratch<Map>::here();
+  consumer.profile.mark(kBegin);
   for (int i = 0; i < share.count; i++) {
     const int index = share.first + i * gridDim.x;
     const Unit u = unit_of(plan, index);
@@ -287,7 +288,9 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
     sync_consumers();  // shared memory of the previous unit is free
     prepare(plan, u, args, qkv, q_norm, k_norm, cache);
     sync_consumers();  // publishes queries and fresh positions to the block's consumers
+    consumer.profile.mark(kLoaded);
     attend_all(consumer, plan, u, window);
+    consumer.profile.mark(kStreamed);
     if (plan.splits == 1) {
       combine_slots<Map>(rows, finish);
       continue;
@@ -320,5 +323,6 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
       finish(row, d, part);
     }
   }
+  consumer.profile.mark(kWritten);
 }
 }  // namespace attention

@@ -146,7 +146,9 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
   const Deal::Share share = deal.take(m.row_blocks());
   float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + Map::kPartials);  // [kWindow][kWarps][16][kColumns]
   constexpr int kSlot = 16 * Map::kColumns;
+  consumer.profile.mark(kBegin);
   if (W::kPanels == 1) load_panel(0);
+  consumer.profile.mark(kLoaded);
   for (int window = 0; window < share.count; window += Map::kWindow) {
     const int blocks = smaller(Map::kWindow, share.count - window);
     float* mine = partials + threadIdx.x / 32 * kSlot;
@@ -162,6 +164,7 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
       });
     }
     sync_consumers();  // publishes the partial sums to the block's consumers
+    consumer.profile.mark(kStreamed);
     for (int i = threadIdx.x; i < blocks * 8 * n_columns; i += kConsumers) {
       const int b = i / (8 * n_columns), g = i / n_columns % 8, column = i % n_columns;
       float low = 0, high = 0;
@@ -174,4 +177,5 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
     }
     sync_consumers();  // the partial sums may be overwritten
   }
+  consumer.profile.mark(kWritten);
 }

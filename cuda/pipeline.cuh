@@ -5,6 +5,7 @@
 // must have seen that stage's previous copy itself. Map::kStages % kWarps == 0
 // gives every warp fixed stages.
 #pragma once
+#include "profile.cuh"
 #include "sync.cuh"
 
 
@@ -93,12 +94,13 @@ struct Producer {
 template <class Map>
 struct Consumer {
   const StepArgs& args;
+  Profile profile;
   u32 begin = 0;        // index of the current phase's first chunk
   u32 next;             // index of this warp's next chunk
   int stage;            // where it lands
   u32 parity = 0;
 
-  __device__ __forceinline__ explicit Consumer(const StepArgs& args) : args(args), next(threadIdx.x / 32), stage(threadIdx.x / 32) {}
+  __device__ __forceinline__ explicit Consumer(const StepArgs& args) : args(args), profile(args), next(threadIdx.x / 32), stage(threadIdx.x / 32) {}
 
   // Calls use(i, data) for each of the next `count` chunks that is this warp's; i counts from 0.
   template <class Use>

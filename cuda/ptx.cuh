@@ -67,6 +67,12 @@ __device__ __forceinline__ u64 globaltimer_ns() {
   return t;
 }
 
+__device__ __forceinline__ u64 clock64_now() {
+  u64 t;
+  asm volatile("mov.u64 %0, %clock64;" : "=l"(t));
+  return t;
+}
+
 // mbarrier: 64 bits in shared memory that count arrivals and bytes that landed.
 __device__ __forceinline__ void mbarrier_init(u64* b, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(b)), "r"(arrivals) : "memory");

@@ -23,6 +23,8 @@ from .tensors import expected_tensors
 from .tuning import ATTENTION_ROWS, MANY_COLUMNS, SharedMap, Tuning, chunk_tiles, shared_map
 
 KERNELS = ("step_one", "step_many")
+PHASES_PER_LAYER = 5
+PROFILE_MARKS = 4  # of a phase, as in cuda/profile.cuh
 ALARM_GRID_BARRIER, ALARM_RING = 1, 2
 _ALIGN = 256  # bytes, of every tensor on the device
 _ABSENT = 0xFFFFFFFFFFFFFFFF
@@ -112,7 +114,7 @@ def generate(
         _workspace_struct(workspace),
     ])  # fmt: skip
     source = join_sources(resource_dir("cuda"), "step.cu", {"config.cuh": constants})
-    return Program(source, weights, maps, tuning, args, workspace, 5 * config.n_layers)
+    return Program(source, weights, maps, tuning, args, workspace, PHASES_PER_LAYER * config.n_layers)
 
 
 def join_sources(folder: Path, root: str, generated: Mapping[str, str]) -> str:
@@ -186,7 +188,7 @@ def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
         f"constexpr int kThreads = {32 * tuning.warps + 32}, kStageBytes = {tuning.stage_bytes};",
         f"constexpr int kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
         f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",
-        f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)};",
+        f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)}, kProfile = {_bool(tuning.profile)};",
         f"constexpr u32 kAlarmGridBarrier = {ALARM_GRID_BARRIER}, kAlarmRing = {ALARM_RING};",
     ])  # fmt: skip
 
@@ -208,7 +210,7 @@ constexpr bool kQkNorm = {_bool(config.qk_norm)};
 {table}
 __device__ constexpr int window([[maybe_unused]] int layer) {{ {window} }}
 }}
-constexpr int kMaxTeams = {_max_teams(config)};"""
+constexpr int kMaxTeams = {_max_teams(config)}, kPhases = {PHASES_PER_LAYER * config.n_layers + 1};"""
 
 
 def _tensor_constants(
@@ -261,7 +263,7 @@ def _map_struct(name: str, m: SharedMap) -> str:
 _WORKSPACE_TYPES = {
     "barrier": "u32", "abandoned": "u32", "next_token": "u32", "arrivals": "u32",
     "candidates": "struct Candidate", "residual": "float", "qkv": "float", "attended": "u16",
-    "hidden": "u16", "logits": "float", "partials": "float",
+    "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
 }  # fmt: skip
 
 
@@ -274,6 +276,7 @@ def _max_teams(config: ModelConfig) -> int:
 def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
     """Offsets of the workspace's parts. Words that blocks spin on have lines of their own."""
     qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    phases = PHASES_PER_LAYER * config.n_layers + 1
     sizes = {
         "barrier": 4, "abandoned": 4, "next_token": 4, "arrivals": 4 * (_max_teams(config) + 1),
         "candidates": 8 * tuning.grid,
@@ -282,6 +285,7 @@ def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
         "hidden": 2 * MANY_COLUMNS * config.hidden_dim,
         "logits": 4 * MANY_COLUMNS * config.vocab_size,
         "partials": 4 * tuning.grid * ATTENTION_ROWS * (config.head_dim + 2),
+        "profile": 8 * tuning.profile * tuning.grid * phases * PROFILE_MARKS,
     }  # fmt: skip
     offsets, end = {}, 0
     for name, nbytes in sizes.items():

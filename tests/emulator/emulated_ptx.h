@@ -248,6 +248,7 @@ inline float ld_cg(const float* p) { return *p; }
 inline u32 ld_cg(const u32* p) { return *p; }
 
 inline u64 globaltimer_ns() { return emulated::clock_ns(); }
+inline u64 clock64_now() { return globaltimer_ns(); }
 
 inline void mbarrier_init(u64* b, u32 arrivals) { emulated::mbarrier_init(b, arrivals); }
 inline void mbarrier_arrive(u64* b) { emulated::mbarrier_arrive(b, 0); }
