@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConvertError, MinflashError
+from .leftovers import hidden_names, lock_folder, remove_leftovers
 from .packing import BLOCK_ROWS, LAYOUT_VERSION, Layout, Matrix, pack
 from .safetensors_file import TensorInfo, header_bytes, read_json
 from .tensors import (
@@ -60,6 +60,7 @@ class CheckpointWriter:
     ) -> None:
         self.path = Path(os.path.realpath(path))
         self._overwrite = overwrite
+        remove_leftovers(self.path.parent)
         _check_goal(self.path, overwrite)
         quantization = {"quant_method": QUANT_METHOD, "layout_version": LAYOUT_VERSION}
         self._config = {**hf_config, "quantization_config": quantization}
@@ -68,9 +69,8 @@ class CheckpointWriter:
         self._shards = self._plan_shards(shard_bytes)
         self._next = 0  # index into names
         self._file: BinaryIO | None = None
-        suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._temporary = self.path.parent / f".{self.path.name}.{suffix}.partial"
-        self._replaced = self.path.parent / f".{self.path.name}.{suffix}.replaced"
+        self._temporary, self._replaced = hidden_names(self.path)
+        self._lock: int | None = None  # of the temporary folder
         self._made_parents: list[Path] = []
 
     def write_matrix(self, name: str, matrix: Matrix | Iterable[Matrix]) -> None:
@@ -123,6 +123,7 @@ class CheckpointWriter:
             _sync_folder(self.path.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)
         self._made_parents.clear()
+        self._unlock()
         return self.path
 
     def abort(self) -> None:
@@ -137,6 +138,7 @@ class CheckpointWriter:
             else:
                 self._replaced.rename(self.path)
         shutil.rmtree(self._temporary, ignore_errors=True)
+        self._unlock()
         while self._made_parents:
             with contextlib.suppress(OSError):
                 self._made_parents.pop().rmdir()
@@ -233,6 +235,12 @@ class CheckpointWriter:
                 parent.mkdir()
                 self._made_parents.append(parent)
         self._temporary.mkdir()
+        self._lock = lock_folder(self._temporary)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self._write_file(name, json.dumps(value, indent=2).encode() + b"\n")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from weight_files import HF_CONFIG, plan, random_matrix, random_vector, write_al
 from minflash import checkpoint_writer
 from minflash.checkpoint import CheckpointWriter, open_checkpoint
 from minflash.errors import ConvertError
+from minflash.leftovers import lock_folder, remove_leftovers
 from minflash.packing import Layout, Matrix
 
 
@@ -256,3 +261,49 @@ def test_numbers_that_are_none_are_not_written(tmp_path: Path, value: float) -> 
         writer.write_matrix("embed", random_matrix(layouts["embed"]))
         writer.write_vector("layers.0.attn_norm", vector)
     assert not list(tmp_path.iterdir())
+
+
+def started(path: Path) -> CheckpointWriter:
+    """A writer after its first tensor."""
+    writer = new_writer(path)
+    matrix = random_matrix(plan(HF_CONFIG)[0][writer.names[0]])
+    writer.write_matrix(writer.names[0], matrix)
+    return writer
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from test_checkpoint_writer import started\n"
+        "from pathlib import Path\n"
+        "writer = started(Path(sys.argv[1]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    path, here = tmp_path / "model", Path(__file__).parent
+    for _ in range(2):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+        killed = subprocess.run([sys.executable, "-c", script, path], env=environment)
+        assert killed.returncode == -signal.SIGKILL
+        (left,) = tmp_path.iterdir()  # what the one before left is gone
+        assert left.name.endswith(".partial") and any(left.iterdir())
+    alive = started(tmp_path / "other")
+    write_model(tmp_path / "third")
+    assert not left.exists() and len(list(tmp_path.iterdir())) == 2  # the third, and what is alive
+    alive.abort()
+    assert [p.name for p in tmp_path.iterdir()] == ["third"]
+
+
+def test_a_writer_in_another_container_is_left_alone(tmp_path: Path) -> None:
+    """Its process id means nothing here, but its folder is locked."""
+    dead, kept = 2**22 + 1, tmp_path / ".model.partial"
+    kept.mkdir()
+    replaced = tmp_path / f".old.{dead}-00000000.replaced"
+    replaced.mkdir()
+    running = tmp_path / f".model.{dead}-0123abcd.partial"
+    running.mkdir()
+    lock = lock_folder(running)
+    remove_leftovers(tmp_path)
+    assert running.exists() and kept.exists() and (tmp_path / "old").exists()
+    os.close(lock)
+    remove_leftovers(tmp_path)
+    assert not running.exists() and not replaced.exists()
