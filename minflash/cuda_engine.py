@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .codegen import generate
 from .errors import DeviceError, MinflashError
 from .step_model import CHAINED, GREEDY, NO_TOKEN, StepModel
-from .tuning import MANY_COLUMNS, Tuning
+from .tuning import MANY_COLUMNS, DeviceFacts, Tuning, choose
 from .upload import Upload
 
 if TYPE_CHECKING:
@@ -23,7 +24,18 @@ if TYPE_CHECKING:
     from .device import Device
     from .sampling import Sampling
 
+LARGEST_CARD = DeviceFacts(compute_capability=90, multiprocessors=132, shared_bytes=232448)
 AHEAD = 4  # steps launched before the token of the one before them is read
+
+
+def model_problem(checkpoint: Checkpoint) -> str | None:
+    """Why the kernel cannot run this model on any GPU; None when it can."""
+    try:
+        tuning = choose(checkpoint.config, LARGEST_CARD)
+        generate(checkpoint.config, checkpoint.matrices, tuning)
+    except DeviceError as error:
+        return str(error)
+    return None
 
 
 class CudaEngine:

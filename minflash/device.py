@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from .codegen import Program
 from .compiler import OPTIONS, architecture, compile_all
 from .errors import DeviceError
+from .probe import cuda_problem
 from .tuning import DeviceFacts
 
 if TYPE_CHECKING:
     Launch = Callable[[NDArray[np.void]], None]
 
-LEAST_CAPABILITY = 80
 _LOCAL_BYTES, _MAX_DYNAMIC_SHARED_BYTES = 3, 8  # CUfunction_attribute
 
 
@@ -82,7 +82,9 @@ class CudaDevice:
     """
 
     def __init__(self) -> None:
-        """Raises DeviceError when the card is older than sm_80."""
+        """Raises DeviceError when CUDA cannot be used here, with the way out."""
+        if problem := cuda_problem():
+            raise DeviceError(f"{problem}; device='cpu' always works")
         import cupy
 
         self._cupy, self._runtime = cupy, cupy.cuda.runtime
@@ -90,11 +92,6 @@ class CudaDevice:
         self.id = int(device.id)
         capability = int(device.compute_capability)
         self.name = self._runtime.getDeviceProperties(self.id)["name"].decode()
-        if capability < LEAST_CAPABILITY:
-            raise DeviceError(
-                f"{self.name} has compute capability {capability / 10:.1f}; the kernel needs "
-                f"{LEAST_CAPABILITY / 10:.1f} or newer (Ampere); use device='cpu'"
-            )
         self.facts = DeviceFacts(
             compute_capability=capability,
             multiprocessors=device.attributes["MultiProcessorCount"],

@@ -114,12 +114,20 @@ def open_engine(checkpoint: Checkpoint, device: str | None, max_context: int | N
     if device == "cpu":
         return CpuEngine(checkpoint, max_context)
     problem = cuda_problem()
+    if problem is not None and device == "cuda":
+        raise DeviceError(f'device="cuda" cannot be used: {problem}; device="cpu" always works')
+    if problem is None and device is None:
+        problem = _model_problem(checkpoint)
     if problem is None:
         return _cuda_engine(checkpoint, max_context)
-    if device == "cuda":
-        raise DeviceError(f'device="cuda" cannot be used: {problem}; device="cpu" always works')
     say_once(f"running on the CPU with the NumPy reference, which is slow: {problem}")
     return CpuEngine(checkpoint, max_context)
+
+
+def _model_problem(checkpoint: Checkpoint) -> str | None:
+    module = importlib.import_module(".cuda_engine", __package__)
+    problem: str | None = module.model_problem(checkpoint)
+    return problem
 
 
 def _cuda_engine(checkpoint: Checkpoint, max_context: int | None) -> Engine:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import tempfile
 from pathlib import Path
 
+LEAST_CAPABILITY = (8, 0)  # compute capability: cp.async and bf16 products
+
 
 def cuda_problem() -> str | None:
     """Why CUDA cannot be used here, with the way out; None when it can."""
-    return _driver_problem() or _cupy_problem() or _kernel_problem()
+    return _driver_problem() or _cupy_problem() or _card_problem()
 
 
 def _driver_problem() -> str | None:
@@ -40,6 +41,8 @@ def _cupy_problem() -> str | None:
     try:
         runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
+        if "nsufficient" in str(error):
+            return _too_old(runtime.driverGetVersion(), runtime.runtimeGetVersion())
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hint = "check that nvidia-smi shows a GPU"
         if visible is not None:
@@ -48,14 +51,25 @@ def _cupy_problem() -> str | None:
     return None
 
 
-def _kernel_problem() -> str | None:
-    try:
-        importlib.import_module(".cuda_engine", __package__)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__package__}.cuda_engine":
-            raise
-        return "the CUDA kernel is not in this version yet"
-    return None
+def _too_old(driver: int, needed: int) -> str:
+    """driver, needed: versions of CUDA, such as 12040 for 12.4."""
+    return (
+        f"the NVIDIA driver is too old: it offers CUDA {driver // 1000}.{driver % 1000 // 10}, and "
+        f"CuPy needs {needed // 1000}.{needed % 1000 // 10}; update the driver (nvidia.com/drivers)"
+    )
+
+
+def _card_problem() -> str | None:
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    card = runtime.getDeviceProperties(runtime.getDevice())
+    if (card["major"], card["minor"]) >= LEAST_CAPABILITY:
+        return None
+    return (
+        f"{card['name'].decode()} has compute capability {card['major']}.{card['minor']}, and the "
+        "kernel needs {}.{} (Ampere) or newer".format(*LEAST_CAPABILITY)
+    )
 
 
 def _prepare_cupy_cache() -> None:

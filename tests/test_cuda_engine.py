@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from kernel_models import EmulatedDevice, RandomModel, bound, references
 
+from minflash import compiler, probe
+from minflash import engine as engine_module
 from minflash.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from minflash.codegen import generate
+from minflash.compiler import architecture, compile_all
 from minflash.config import ModelConfig
-from minflash.cuda_engine import AHEAD, CudaEngine
+from minflash.cuda_engine import AHEAD, CudaEngine, model_problem
 from minflash.engine import CpuEngine
 from minflash.errors import CheckpointError, ContextError, DeviceError, MinflashError
 from minflash.gpu_memory import MARGIN_BYTES, cache_bytes, gpu_context
@@ -227,3 +233,90 @@ def test_an_upload_copies_every_byte_in_any_order(checkpoint: Checkpoint) -> Non
                 address = device.allocate(data.nbytes)
                 upload.copy_to(device, name, address)
                 assert np.array_equal(device._view(address, data.nbytes), data.reshape(-1))
+
+
+class FakeRuntime:
+    """cupy.cuda.runtime of a driver or a card that is too old."""
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def driverGetVersion(self) -> int:
+        return 11080
+
+    def runtimeGetVersion(self) -> int:
+        return 12090
+
+    def getDeviceCount(self) -> int:
+        raise self.CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is ...")
+
+    def getDevice(self) -> int:
+        return 0
+
+    def getDeviceProperties(self, device: int) -> dict[str, Any]:
+        return {"name": b"Tesla T4", "major": 7, "minor": 5}
+
+
+def test_an_old_driver_and_an_old_card_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = type("cupy", (), {"cuda": type("cuda", (), {"runtime": FakeRuntime()})})
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    assert "offers CUDA 11.8, and CuPy needs 12.9; update" in (probe._cupy_problem() or "")
+    assert "T4 has compute capability 7.5, and the kernel needs 8.0" in (
+        probe._card_problem() or ""
+    )
+
+
+def test_a_model_that_the_kernel_cannot_run_goes_to_the_cpu_only_when_no_device_is_named(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert model_problem(checkpoint) is None
+    monkeypatch.delenv("MINFLASH_DEVICE", raising=False)
+    monkeypatch.setattr("minflash.engine.cuda_problem", lambda: None)
+    monkeypatch.setattr(checkpoint, "config", replace(checkpoint.config, head_dim=16))
+    monkeypatch.setattr("minflash.engine.CpuEngine", lambda *_: "the CPU's")
+    assert engine_module.open_engine(checkpoint, None, None) == "the CPU's"
+    assert "supports head_dim 64, 96 and 128, this model has 16" in caplog.text
+
+
+SOURCE = 'extern "C" __global__ void nothing() {}'
+
+
+def test_code_is_compiled_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", exc_type=ImportError)
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
+    options = {"a": (architecture(90),), "b": (architecture(80),)}
+    codes = {name: wait() for name, wait in compile_all(SOURCE, options).items()}
+    assert all(code.startswith(b"\x7fELF") for code in codes.values())
+    monkeypatch.setattr(compiler, "compile_source", lambda *_: pytest.fail("compiled again"))
+    assert {name: wait() for name, wait in compile_all(SOURCE, options).items()} == codes
+    for file in (tmp_path / "kernels").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])  # damaged: as if it were not there
+    assert compiler.load_cached(SOURCE, options["a"]) is None
+
+
+def test_without_a_compiler_or_with_a_bad_source_the_way_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", exc_type=ImportError)
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
+    with pytest.raises(DeviceError, match=r"cannot compile the kernel with -arch=sm_90a .*update"):
+        compiler.compiled("nonsense", [architecture(90)])
+
+    def missing() -> None:
+        raise RuntimeError("libnvrtc.so.12 not found")
+
+    monkeypatch.setattr(nvrtc, "getVersion", missing)
+    with pytest.raises(DeviceError, match=r"not found; pip install -U nvidia-cuda-nvrtc"):
+        compiler.compiled(SOURCE, [architecture(90)])
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(compiler, "compile_source", lambda *_: b"code")
+    assert compiler.compiled(SOURCE, []) == b"code"
+    assert "compiled kernels cannot be kept in" in caplog.text
