@@ -156,7 +156,9 @@ def _download(manifest: Manifest, folder: Path, progress: bool) -> Path:
     done = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        said = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-6:])
+        lines = done.stderr.strip().splitlines()
+        told = [line for line in lines if line.startswith("ERROR")] or lines[-6:]
+        said = "\n".join(f"  {line}" for line in told)
         raise DownloadError(
             f"the default model {manifest.name} could not be fetched. Tried:\n"
             f"  {shlex.join(command)}\npip said:\n{said or '  nothing'}\n{_WAY_OUT}"
