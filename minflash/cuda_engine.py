@@ -98,12 +98,12 @@ class CudaEngine:
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         model = self._open_model()
-        parts = []
+        logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
         for begin in range(0, len(tokens), MANY_COLUMNS):
             part = tokens[begin : begin + MANY_COLUMNS]
             model.step(part, begin, length=len(tokens), logits=True)
-            parts.append(model.read_logits(len(part)))
-        return np.concatenate(parts)
+            model.read_logits(len(part), into=logits[begin : begin + len(part)])
+        return logits
 
     def close(self) -> None:
         """Gives back all memory of the GPU. May be called twice."""

@@ -164,12 +164,18 @@ class StepModel:
         if self._alarm[0]:
             self._report_alarm()
 
-    def read_logits(self, n_columns: int) -> NDArray[np.float32]:
-        """Logits float32 [n_columns, vocab_size] of the last step with logits=True; waits."""
+    def read_logits(
+        self, n_columns: int, into: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits float32 [n_columns, vocab_size] of the last step with logits=True; waits.
+
+        into: a contiguous array to fill in place of a new one.
+        """
         self.wait()
-        logits = np.empty((n_columns, self.config.vocab_size), np.float32)
-        self.device.download(self._workspace + self.program.workspace["logits"], logits)
-        return logits
+        if into is None:
+            into = np.empty((n_columns, self.config.vocab_size), np.float32)
+        self.device.download(self._workspace + self.program.workspace["logits"], into)
+        return into
 
     def close(self) -> None:
         """Gives back all memory of the device; the model cannot be used any more."""

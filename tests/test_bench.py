@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -70,6 +71,9 @@ def test_without_a_gpu_the_way_out_is_said(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
+)
 def test_a_measurement_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--shape", "smollm2-135m", "--quant", "int4", "--end-to-end", "--json"]
     assert main(["bench", *arguments]) == 0
@@ -79,6 +83,9 @@ def test_a_measurement_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
+)
 def test_more_columns_cost_little(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--shape", "llama-3.2-1b", "--quant", "bf16", "--columns", "1,8", "--json"]
     assert main(["bench", *arguments]) == 0

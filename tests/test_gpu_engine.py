@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -26,6 +27,9 @@ from minflash.step_model import StepModel
 from minflash.tensors import expected_tensors
 
 pytestmark = pytest.mark.gpu
+measures = pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
+)
 PROMPT = [5, 77, 300, 12, 9, 250, 31, 8, 119, 64]
 GREEDY = Sampling()
 
@@ -46,6 +50,7 @@ def engine(model: RandomModel) -> Iterator[CudaEngine]:
     engine.close()
 
 
+@measures
 def test_close_gives_all_memory_back(model: RandomModel) -> None:
     free = CudaDevice().free_bytes
     open_engine(model).close()  # what CUDA keeps for itself after the first use is there now
@@ -57,6 +62,7 @@ def test_close_gives_all_memory_back(model: RandomModel) -> None:
     assert free() == before
 
 
+@measures
 def test_too_much_context_says_what_fits(model: RandomModel) -> None:
     config = model_config(max_context=1 << 40)
     with pytest.raises(ContextError, match=r"the largest context that fits is [0-9]+$") as caught:
@@ -152,6 +158,7 @@ def seconds(action: Callable[[], None]) -> float:
 
 
 @pytest.mark.slow
+@measures
 @pytest.mark.parametrize("quant", ["bf16", "int4"])
 def test_weights_are_uploaded_at_two_gigabytes_a_second(tmp_path: Path, quant: str) -> None:
     write_zeros(tmp_path / "model", quant)
@@ -176,6 +183,7 @@ with minflash.load(device="cuda") as llm:
 
 
 @pytest.mark.slow
+@measures
 def test_the_first_token_comes_within_two_seconds() -> None:
     def first_token() -> None:
         with subprocess.Popen([sys.executable, "-c", FIRST_TOKEN], stdout=subprocess.PIPE) as child:
@@ -192,6 +200,7 @@ def test_the_first_token_comes_within_two_seconds() -> None:
 
 
 @pytest.mark.slow
+@measures
 def test_a_cold_compilation_takes_under_four_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

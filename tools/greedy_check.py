@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from minflash.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from minflash.default_model import default_model  # noqa: E402
 from minflash.engine import open_engine  # noqa: E402
+from minflash.loading import model_folder  # noqa: E402
 from minflash.numeric import bf16_to_fp32, fp32_to_bf16  # noqa: E402
 from minflash.reference import Reference  # noqa: E402
 from minflash.sampling import Sampling  # noqa: E402
@@ -65,7 +65,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="only the first ones")
     args = parser.parse_args()
-    folder = default_model()
+    folder = model_folder(None)  # MINFLASH_MODEL, else the default model
     with open_checkpoint(folder) as checkpoint:
         if args.make:
             return make(checkpoint, folder, args.prompts)
