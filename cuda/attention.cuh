@@ -16,6 +16,7 @@ constexpr int kGroup = model::kHeads / model::kKvHeads;  // query heads of a KV 
 constexpr int kHalfBytes = 16 * kHeadDim * 2;            // K or V of one block of positions
 constexpr int kBlockBytes = 2 * kHalfBytes;
 constexpr int kChunkBlocks = kStageBytes / kBlockBytes;
+constexpr int kInFlight = int(kInFlightBytes) / (kChunkBlocks * kBlockBytes) < 2 ? 2 : int(kInFlightBytes) / (kChunkBlocks * kBlockBytes);
 static_assert(kChunkBlocks >= 1, "a stage must hold a block of 16 positions of K and V");
 
 // Query rows that one unit handles: the columns of an mma.
@@ -31,18 +32,19 @@ struct Plan {
     blocks = ceil_div(position, 16) - first_block;
     if (blocks < 0) blocks = 0;
     row_tiles = ceil_div(kGroup * n_columns, kRows);
-    const int room = int(gridDim.x) / (model::kKvHeads * row_tiles);
+    const int room = kGrid / (model::kKvHeads * row_tiles);
     splits = smaller(room < kMaxSplits ? room : kMaxSplits, ceil_div(blocks, kSplitBlocks));
     if (splits < 1) splits = 1;
   }
   __device__ __forceinline__ int units() const { return model::kKvHeads * row_tiles * splits; }
-  __device__ __forceinline__ int split_begin(int split) const { return first_block + int((long long)blocks * split / splits); }
+  __device__ __forceinline__ int split_begin(int split) const { return first_block + int(u32(blocks * split) / u32(splits)); }
 };
 
 struct Unit { int kv_head, row_tile, split; };
 template <class Map>
 __device__ __forceinline__ Unit unit_of(const Plan<Map>& plan, int index) {
-  return {index / (plan.row_tiles * plan.splits), index / plan.splits % plan.row_tiles, index % plan.splits};
+  const u32 team = u32(index) / u32(plan.splits);
+  return {int(team / u32(plan.row_tiles)), int(team % u32(plan.row_tiles)), int(index - team * plan.splits)};
 }
 
 __device__ __forceinline__ u64 block_offset(int kv_head, int block, int max_blocks) { return ((u64)kv_head * max_blocks + block) * kBlockBytes; }
@@ -56,11 +58,13 @@ __device__ __forceinline__ int v_offset(int position, int dim) {
 template <class Map>
 __device__ void stream_past(Producer<Map>& producer, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
   const Deal::Share share = deal.take(plan.units());
+#pragma unroll 1
   for (int i = 0; i < share.count; i++) {
-    const Unit u = unit_of(plan, share.first + i * gridDim.x);
+    const Unit u = unit_of(plan, share.first + i * kGrid);
     const int end = plan.split_begin(u.split + 1);
+#pragma unroll 1
     for (int b = plan.split_begin(u.split); b < end; b += kChunkBlocks)
-      producer.copy(cache + block_offset(u.kv_head, b, max_blocks), smaller(kChunkBlocks, end - b) * kBlockBytes);
+      producer.template copy<kInFlight>(cache + block_offset(u.kv_head, b, max_blocks), smaller(kChunkBlocks, end - b) * kBlockBytes);
   }
 }
 
@@ -105,35 +109,45 @@ __device__ __forceinline__ void rotate_row(const float* row, const float* norm_w
 __device__ __forceinline__ u16 rounded(float v) { return (u16)round_pair<kKvBf16>(v, 0.0f); }
 
 // Queries of the unit's row tile, and, for the last split, the step's own K and V: also into the cache.
+// Warps take rows in turn: kRows of queries, then the columns' rows of K.
 template <class Map>
 __device__ void prepare(const Plan<Map>& plan, const Unit& u, const StepArgs& args, const float* qkv, const float* q_norm, const float* k_norm,
                         u8* cache) {
   const Scratch<Map> s = Scratch<Map>::here();
   constexpr int kRowWidth = (model::kHeads + 2 * model::kKvHeads) * kHeadDim;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int r = warp; r < kRows; r += kWarps) {
-    const int row = u.row_tile * kRows + r, column = row / kGroup, head = u.kv_head * kGroup + row % kGroup;
-    u16* to = reinterpret_cast<u16*>(s.queries + r * kQueryStride);
-    if (column < plan.n_columns)
-      rotate_row(qkv + (u64)column * kRowWidth + head * kHeadDim, q_norm, args, plan.position + column, [&](int d, float v) { to[d] = rounded(v); });
-    else
-      for (int d = lane; d < kHeadDim; d += 32) to[d] = 0;
+  const bool last = u.split == plan.splits - 1;
+  if (last) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kBlockBytes / 16; i += kConsumers) reinterpret_cast<uint4*>(s.fresh)[i] = make_uint4(0, 0, 0, 0);
+    sync_consumers();  // the block of fresh positions is zero
   }
-  if (u.split != plan.splits - 1) return;
-  for (int i = threadIdx.x; i < kBlockBytes / 16; i += kConsumers) reinterpret_cast<uint4*>(s.fresh)[i] = make_uint4(0, 0, 0, 0);
-  sync_consumers();  // the block of fresh positions is zero
-  for (int column = warp; column < plan.n_columns; column += kWarps) {
-    const int position = plan.position + column;
-    const float* k = qkv + (u64)column * kRowWidth + (model::kHeads + u.kv_head) * kHeadDim;
-    const float* v = k + model::kKvHeads * kHeadDim;
+#pragma unroll 1
+  for (int r = warp; r < kRows + (last ? plan.n_columns : 0); r += kWarps) {
+    const bool query = r < kRows;
+    const int row = u.row_tile * kRows + r, column = query ? row / kGroup : r - kRows, position = plan.position + column;
+    u8* to = s.queries + r * kQueryStride;
+    if (column >= plan.n_columns) {
+#pragma unroll 1
+      for (int d = lane; d < kHeadDim / 2; d += 32) reinterpret_cast<u32*>(to)[d] = 0;
+      continue;
+    }
+    const int head = query ? u.kv_head * kGroup + row % kGroup : model::kHeads + u.kv_head;
+    const float* from = qkv + (u64)column * kRowWidth + head * kHeadDim;
     u8* block = u.row_tile == 0 ? cache + block_offset(u.kv_head, position / 16, args.max_blocks) : nullptr;
     const auto store = [&](int fresh_offset, int cache_offset, float value) {
       const u16 bits = rounded(value);
       *reinterpret_cast<u16*>(s.fresh + fresh_offset) = bits;
       if (block) *reinterpret_cast<u16*>(block + cache_offset) = bits;
     };
-    rotate_row(k, k_norm, args, position, [&](int d, float x) { store(k_offset(column, d), k_offset(position % 16, d), x); });
-    for (int d = lane; d < kHeadDim; d += 32) store(v_offset(column, d), v_offset(position % 16, d), ld_cg(v + d));
+    if (!query)
+#pragma unroll 1
+      for (int d = lane; d < kHeadDim; d += 32)
+        store(v_offset(column, d), v_offset(position % 16, d), ld_cg(from + model::kKvHeads * kHeadDim + d));
+    rotate_row(from, query ? q_norm : k_norm, args, position, [&](int d, float v) {
+      if (query) reinterpret_cast<u16*>(to)[d] = rounded(v);
+      else store(k_offset(column, d), k_offset(position % 16, d), v);
+    });
   }
 }
 
@@ -219,6 +233,7 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
   const auto column_of = [&](int row) { return (u.row_tile * kRows + row) / kGroup; };
   const int begin = plan.split_begin(u.split), end = plan.split_begin(u.split + 1);
   consumer.take(ceil_div(end - begin, kChunkBlocks), [&](int i, const u8* data) {
+#pragma unroll 1
     for (int b = 0; b < smaller(kChunkBlocks, end - begin - i * kChunkBlocks); b++) {
       const int first = (begin + i * kChunkBlocks + b) * 16;
       attend<Map>(run, data + b * kBlockBytes, [&](int row, int offset) {
@@ -235,6 +250,7 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
   const int slot = threadIdx.x / 32 % Map::kSlots, turn = threadIdx.x / 32 / Map::kSlots;
   if (turn == 0) leave<Map, false>(run, slot);
   sync_consumers();  // publishes the first slots
+#pragma unroll 1
   for (int round = 1; round < kWarps / Map::kSlots; round++) {
     if (turn == round) leave<Map, true>(run, slot);
     sync_consumers();  // publishes this round's slots
@@ -258,6 +274,7 @@ struct Part {
 template <class Map, class Put>
 __device__ __forceinline__ void combine_slots(int rows, Put put) {
   const Scratch<Map> s = Scratch<Map>::here();
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows * kHeadDim; i += kConsumers) {
     const int row = i / kHeadDim, d = i % kHeadDim;
     Part part;
@@ -277,13 +294,14 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
   const Deal::Share share = deal.take(plan.units());
   const Scratch<Map> s = Scratch<Map>::here();
   consumer.profile.mark(kBegin);
+#pragma unroll 1
   for (int i = 0; i < share.count; i++) {
-    const int index = share.first + i * gridDim.x;
+    const int index = share.first + i * kGrid;
     const Unit u = unit_of(plan, index);
     const int rows = smaller(kRows, kGroup * plan.n_columns - u.row_tile * kRows);
     const auto finish = [&](int row, int d, const Part& part) {
       const int global = u.row_tile * kRows + row, column = global / kGroup, head = u.kv_head * kGroup + global % kGroup;
-      out[((u64)column * model::kHeads + head) * kHeadDim + d] = (u16)round_pair<kOutBf16>(part.value / part.sum, 0.0f);
+      out[((u64)column * model::kHeads + head) * kHeadDim + d] = (u16)round_pair<kOutBf16>(__fdividef(part.value, part.sum), 0.0f);
     };
     sync_consumers();  // shared memory of the previous unit is free
     prepare(plan, u, args, qkv, q_norm, k_norm, cache);
@@ -312,6 +330,7 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
     sync_consumers();  // publishes who combines
     if (!*last) continue;
     const float* parts = partials + (u64)team * plan.splits * kRows * kRow;
+#pragma unroll 1
     for (int j = threadIdx.x; j < rows * kHeadDim; j += kConsumers) {
       const int row = j / kHeadDim, d = j % kHeadDim;
       Part part;

@@ -4,15 +4,16 @@
 #include "dequant.cuh"
 #include "pipeline.cuh"
 
-// Row blocks of a matrix that are this block's: first, first + gridDim.x, ... The deal goes on from
+// Row blocks of a matrix that are this block's: first, first + kGrid, ... The deal goes on from
 // matrix to matrix, so that remainders even out over the step.
 struct Deal {
-  u32 start = 0;  // the block that gets the next row block
+  int place = blockIdx.x;  // this block's in the queue for the next row block
   struct Share { int first, count; };
   __device__ __forceinline__ Share take(int row_blocks) {
-    const int first = (blockIdx.x + gridDim.x - start) % gridDim.x;
-    start = (start + row_blocks) % gridDim.x;
-    return {first, first < row_blocks ? (row_blocks - first + int(gridDim.x) - 1) / int(gridDim.x) : 0};
+    const int first = place, rest = row_blocks % kGrid;
+    place -= rest;
+    if (place < 0) place += kGrid;
+    return {first, row_blocks / kGrid + (first < rest)};
   }
 };
 
@@ -22,20 +23,28 @@ template <class Map, Matrix m>
 struct Walk {
   static constexpr int kPanelTiles = Map::kPanelCols / m.tile_cols() < m.tiles() ? Map::kPanelCols / m.tile_cols() : m.tiles();
   static constexpr int kPanels = ceil_div(m.tiles(), kPanelTiles);
-  static __device__ __forceinline__ int tiles(int panel) { return smaller(kPanelTiles, m.tiles() - panel * kPanelTiles); }
-  static __device__ __forceinline__ int chunks(int panel) { return ceil_div(tiles(panel), m.chunk_tiles); }
+  static __device__ __forceinline__ constexpr int tiles(int panel) {
+    return kPanels == 1 ? m.tiles() : smaller(kPanelTiles, m.tiles() - panel * kPanelTiles);
+  }
+  static __device__ __forceinline__ constexpr int chunks(int panel) { return ceil_div(tiles(panel), m.chunk_tiles); }
+  static constexpr int kMostInFlight = int(kInFlightBytes) / (m.chunk_tiles * m.tile_bytes());
+  static constexpr int kInFlight = kMostInFlight < 2 ? 2 : smaller(kMostInFlight, Map::kStages - 1);
 };
 
 template <class Map, Matrix m>
 __device__ void stream_matrix(Producer<Map>& producer, Deal& deal, const u8* weights) {
   using W = Walk<Map, m>;
   const Deal::Share share = deal.take(m.row_blocks());
+#pragma unroll 1
   for (int window = 0; window < share.count; window += Map::kWindow)
+#pragma unroll 1
     for (int panel = 0; panel < W::kPanels; panel++)
+#pragma unroll 1
       for (int b = window; b < smaller(window + Map::kWindow, share.count); b++) {
-        const u8* src = weights + (u64)(share.first + b * gridDim.x) * m.row_block_bytes() + (u64)panel * W::kPanelTiles * m.tile_bytes();
+        const u8* src = weights + (u64)(share.first + b * kGrid) * m.row_block_bytes() + (u64)panel * W::kPanelTiles * m.tile_bytes();
+#pragma unroll 1
         for (int left = W::tiles(panel); left > 0; left -= m.chunk_tiles, src += m.chunk_tiles * m.tile_bytes())
-          producer.copy(src, smaller(left, m.chunk_tiles) * m.tile_bytes());
+          producer.template copy<W::kInFlight>(src, smaller(left, m.chunk_tiles) * m.tile_bytes());
       }
 }
 
@@ -149,11 +158,14 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
   consumer.profile.mark(kBegin);
   if (W::kPanels == 1) load_panel(0);
   consumer.profile.mark(kLoaded);
+#pragma unroll 1
   for (int window = 0; window < share.count; window += Map::kWindow) {
     const int blocks = smaller(Map::kWindow, share.count - window);
     float* mine = partials + threadIdx.x / 32 * kSlot;
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < blocks * kSlot; i += 32) mine[i / kSlot * kWarps * kSlot + i % kSlot] = 0;
     __syncwarp();
+#pragma unroll 1
     for (int panel = 0; panel < W::kPanels; panel++) {
       if (W::kPanels > 1) load_panel(panel);
       const int chunks = W::chunks(panel), tiles = W::tiles(panel);
@@ -165,15 +177,18 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
     }
     sync_consumers();  // publishes the partial sums to the block's consumers
     consumer.profile.mark(kStreamed);
-    for (int i = threadIdx.x; i < blocks * 8 * n_columns; i += kConsumers) {
-      const int b = i / (8 * n_columns), g = i / n_columns % 8, column = i % n_columns;
+    constexpr int kColumns = Map::kColumns;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < blocks * 8 * kColumns; i += kConsumers) {
+      const int b = i / (8 * kColumns), g = i / kColumns % 8, column = i % kColumns;
+      if (column >= n_columns) continue;
       float low = 0, high = 0;
       for (int w = 0; w < kWarps; w++) {
         const float* slot = partials + (b * kWarps + w) * kSlot + g * Map::kColumns + column;
         low += slot[0];
         high += slot[8 * Map::kColumns];
       }
-      use((share.first + (window + b) * int(gridDim.x)) * 16 + g, column, low, high);
+      use((share.first + (window + b) * kGrid) * 16 + g, column, low, high);
     }
     sync_consumers();  // the partial sums may be overwritten
   }

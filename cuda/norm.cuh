@@ -57,11 +57,19 @@ __device__ void load_rounded(const u8* source, int n_columns, int panel) {
   using W = Walk<Map, m>;
   const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
   sync_consumers();  // nobody reads the previous activations any more
+  constexpr int kRounds = ceil_div(W::kPanelTiles * m.tile_cols() / 8, S::kThreads), kBatch = smaller(kRounds, 8);
+#pragma unroll 1
   for (int column = S::team(); column < n_columns; column += S::kTeams)
-    for (int k8 = S::thread(); k8 < ceil_div(end8, 32) * 32; k8 += S::kThreads) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (begin8 + k8 < m.cols / 8 && k8 < end8) v = ld_cg(reinterpret_cast<const uint4*>(source) + (u64)column * (m.cols / 8) + begin8 + k8);
-      put_rounded<Map, m>(column, k8, end8, v);
+    for (int round = 0; round < kRounds; round += kBatch) {
+      uint4 v[kBatch];  // all on their way before the first is needed
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        const int k8 = (round + i) * S::kThreads + S::thread();
+        v[i] = make_uint4(0, 0, 0, 0);
+        if (begin8 + k8 < m.cols / 8 && k8 < end8) v[i] = ld_cg(reinterpret_cast<const uint4*>(source) + (u64)column * (m.cols / 8) + begin8 + k8);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) put_rounded<Map, m>(column, (round + i) * S::kThreads + S::thread(), end8, v[i]);
     }
   sync_consumers();  // publishes the activations to the block's consumers
 }
@@ -90,6 +98,7 @@ __device__ void load_normed(const float* weight, int n_columns, int panel, Read 
   constexpr bool kKeep = W::kPanels == 1 && kRounds <= 2;
   const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
   sync_consumers();  // nobody reads the previous activations any more
+#pragma unroll 1
   for (int column = S::team(); column < n_columns; column += S::kTeams) {
     float kept[kKeep ? kRounds : 1][8], squares = 0;
 #pragma unroll
@@ -135,7 +144,8 @@ __device__ void load_normed(const float* weight, int n_columns, int panel, Read 
 template <class Map, class Read>
 __device__ void store_share(float* residual, int n_columns, Read read) {
   constexpr int kVectors = model::kDim / 8;
-  for (int i = blockIdx.x * kConsumers + threadIdx.x; i < n_columns * kVectors; i += gridDim.x * kConsumers) {
+#pragma unroll 1
+  for (int i = blockIdx.x * kConsumers + threadIdx.x; i < n_columns * kVectors; i += kGrid * kConsumers) {
     float v[8];
     read(i / kVectors, i % kVectors, v);
     float4* at = reinterpret_cast<float4*>(residual + i * 8);

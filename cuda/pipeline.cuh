@@ -15,7 +15,6 @@ struct Ring {
   static_assert(Map::kStages % kWarps == 0, "a warp must own fixed stages, see above");
   u64 full[Map::kStages];        // completes when a copy has landed
   u64 empty[Map::kStages];       // completes when its warp has read it
-  u32 bytes[Map::kStages];       // the producer's note of each copy's size
 };
 
 template <class Map>
@@ -27,6 +26,7 @@ struct Shared {
 
 template <class Map>
 __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
+#pragma unroll 1
   for (int s = 0; s < Map::kStages; s++) {
     mbarrier_init(&ring.full[s], kBulkCopy ? 1 : 32);
     mbarrier_init(&ring.empty[s], 1);
@@ -34,14 +34,19 @@ __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
   fence_mbarrier_init();
 }
 
-__device__ __forceinline__ void wait_parity(u64* barrier, u32 parity, const StepArgs& args, u32 chunk) {
-  if (mbarrier_try_wait_parity(barrier, parity)) return;
-  Patience patience(args.watchdog_ns);
+__device__ __noinline__ void wait_long(u64* barrier, u32 parity, u32* alarm, u64 limit_ns, u32 chunk) {
+  Patience patience(limit_ns);
   while (!mbarrier_try_wait_parity(barrier, parity))
     if (patience.over()) {
-      raise_alarm(args.alarm, kAlarmRing, chunk, parity, !parity);
+      raise_alarm(alarm, kAlarmRing, chunk, parity, !parity);
       return;
     }
+}
+__device__ __forceinline__ void wait_parity(u64* barrier, u32 parity, const StepArgs& args, u32 chunk) {
+#pragma unroll 1
+  for (int i = 0; i < 64; i++)
+    if (mbarrier_try_wait_parity(barrier, parity)) return;
+  wait_long(barrier, parity, args.alarm, args.watchdog_ns, chunk);
 }
 
 // The producer's side. All lanes of the warp call copy(); with bulk copies lane 0 does the work.
@@ -50,35 +55,35 @@ struct Producer {
   const StepArgs& args;
   int stage = 0, oldest = 0;           // next stage to fill; oldest stage not known to have landed
   u32 parity = 0, oldest_parity = 0;   // of those stages' current round
-  u32 issued = 0, landed = 0, in_flight_bytes = 0;
+  int in_flight = 0, issued = 0;       // issued: counts to kStages and stays there
 
   __device__ __forceinline__ explicit Producer(const StepArgs& args) : args(args) {}
 
+  // Waits until fewer than kMost copies are on their way, and for the stage to be free.
+  template <int kMost>
   __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
+    static_assert(kMost >= 1 && kMost <= Map::kStages, "a stage cannot be filled twice");
     Ring<Map>& ring = Shared<Map>::ring();
-    while (issued - landed == Map::kStages || (in_flight_bytes && in_flight_bytes + bytes > kInFlightBytes)) await_oldest(ring);
-    if (issued >= Map::kStages) wait_parity(&ring.empty[stage], parity ^ 1, args, issued);
-    if constexpr (!kBulkCopy) __syncwarp();  // no lane still reads the size that start() overwrites
+    while (in_flight >= kMost) await_oldest(ring);
+    if (issued == Map::kStages) wait_parity(&ring.empty[stage], parity ^ 1, args, stage);
+    else issued++;
     start(ring, src, bytes);
-    in_flight_bytes += bytes;
-    issued++;
+    in_flight++;
     if (++stage == Map::kStages) { stage = 0; parity ^= 1; }
   }
 
   // A block must not exit while copies into its shared memory are on their way.
   __device__ __forceinline__ void drain() {
-    while (in_flight_bytes) await_oldest(Shared<Map>::ring());
+    while (in_flight) await_oldest(Shared<Map>::ring());
   }
 
  private:
   __device__ __forceinline__ void await_oldest(Ring<Map>& ring) {
-    wait_parity(&ring.full[oldest], oldest_parity, args, issued);
-    in_flight_bytes -= ring.bytes[oldest];
-    landed++;
+    wait_parity(&ring.full[oldest], oldest_parity, args, oldest);
+    in_flight--;
     if (++oldest == Map::kStages) { oldest = 0; oldest_parity ^= 1; }
   }
   __device__ __forceinline__ void start(Ring<Map>& ring, const u8* src, u32 bytes) {
-    ring.bytes[stage] = bytes;
     u8* dst = Shared<Map>::stage(stage);
     if constexpr (kBulkCopy) {
       mbarrier_arrive_expect_tx(&ring.full[stage], bytes);
@@ -106,6 +111,7 @@ struct Consumer {
   template <class Use>
   __device__ __forceinline__ void take(u32 count, Use use) {
     const u32 end = begin + count;
+#pragma unroll 1
     for (; next < end; next += kWarps) {
       Ring<Map>& ring = Shared<Map>::ring();
       wait_parity(&ring.full[stage], parity, args, next);

@@ -63,15 +63,18 @@ __device__ __forceinline__ float unordered(u32 key) { return __uint_as_float(key
 // The largest key whose weight, summed over all keys from it up, reaches the goal: three digits of 11
 // bits. weight(scaled) is an integer; goal_of(total) is asked once, with the sum of all weights.
 template <class Map, class Weight, class Goal>
-__device__ u32 select(const float* logits, float temperature, u32 least, Weight weight, Goal goal_of) {
+__device__ __noinline__ u32 select(const float* logits, float temperature, u32 least, Weight weight, Goal goal_of) {
   u64* bins = reinterpret_cast<u64*>(Shared<Map>::scratch());  // [2048], then the answer
   u64* answer = bins + 2048;                                   // digit, weight above it
   u32 prefix = 0;
   u64 above = 0, goal = 0;
+#pragma unroll 1
   for (int digit = 0; digit < 3; digit++) {
     const int shift = digit == 0 ? 21 : digit == 1 ? 10 : 0, count = digit == 2 ? 1024 : 2048;
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2048; i += kConsumers) bins[i] = 0;
     sync_consumers();  // the bins are empty
+#pragma unroll 1
     for (int i = threadIdx.x; i < model::kVocab; i += kConsumers) {
       const float scaled = ld_cg(logits + i) / temperature;
       const u32 key = ordered(scaled);
@@ -83,12 +86,14 @@ __device__ u32 select(const float* logits, float temperature, u32 least, Weight 
     if (threadIdx.x == 0) {
       u64 sum = 0;
       if (digit == 0) {
+#pragma unroll 1
         for (int i = 0; i < count; i++) sum += bins[i];
         answer[2] = goal_of(sum);
         sum = 0;
       }
       const u64 wanted = (digit ? goal : answer[2]) - above;
       int i = count - 1;
+#pragma unroll 1
       for (; i > 0 && sum + bins[i] < wanted; i--) sum += bins[i];
       answer[0] = i;
       answer[1] = sum;
@@ -104,8 +109,9 @@ __device__ u32 select(const float* logits, float temperature, u32 least, Weight 
 
 // The token when filters are on. Called by one whole block.
 template <class Map>
-__device__ Candidate filtered_choice(const StepArgs& args, const float* logits) {
+__device__ __noinline__ Candidate filtered_choice(const StepArgs& args, const float* logits) {
   float highest = -kInfinity;
+#pragma unroll 1
   for (int i = threadIdx.x; i < model::kVocab; i += kConsumers) highest = fmaxf(highest, ld_cg(logits + i));
   Candidate top = best_of_block<Map>({highest, 0});
   const float top_scaled = top.score / args.temperature;
@@ -126,6 +132,7 @@ __device__ Candidate filtered_choice(const StepArgs& args, const float* logits) 
     if (key > least) least = key;
   }
   Candidate mine;
+#pragma unroll 1
   for (int i = threadIdx.x; i < model::kVocab; i += kConsumers) {
     const float logit = ld_cg(logits + i);
     if (ordered(logit / args.temperature) >= least) mine.offer(score(args, logit, i), i);
@@ -140,7 +147,7 @@ __device__ void choose(const StepArgs& args, Candidate mine, const float* logits
   mine = best_of_block<Map>(mine);
   if (threadIdx.x == 0) {
     candidates[blockIdx.x] = mine;
-    *last = atom_add_acq_rel_gpu(arrivals, 1) == gridDim.x - 1;  // publishes candidate and logits
+    *last = atom_add_acq_rel_gpu(arrivals, 1) == kGrid - 1;  // publishes candidate and logits
     if (*last) *arrivals = 0;
   }
   sync_consumers();  // publishes who decides
@@ -149,7 +156,8 @@ __device__ void choose(const StepArgs& args, Candidate mine, const float* logits
     mine = filtered_choice<Map>(args, logits);
   } else {
     mine = Candidate();
-    for (int i = threadIdx.x; i < int(gridDim.x); i += kConsumers) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kGrid; i += kConsumers) {
       const u32* at = reinterpret_cast<const u32*>(candidates + i);
       mine.offer(__uint_as_float(ld_cg(at)), ld_cg(at + 1));
     }

@@ -12,6 +12,7 @@ __device__ void produce(const StepArgs& args) {
   if (kBulkCopy && threadIdx.x % 32 != 0) return;
   Producer<Map> producer(args);
   Deal deal;
+#pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
     const attention::Plan<Map> plan(args.n_columns, args.position, model::window(layer));
@@ -25,7 +26,7 @@ __device__ void produce(const StepArgs& args) {
   producer.drain();
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 template <class Map>
 __device__ void consume(const StepArgs& args) {
@@ -45,6 +46,7 @@ __device__ void consume(const StepArgs& args) {
   };
 
   store_share<Map>(work.residual(), n, embedding);
+#pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
     const auto vector = [&](u64 offset) { return offset == tensors::kAbsent ? nullptr : reinterpret_cast<const float*>(weights + offset); };

@@ -40,7 +40,7 @@ struct GridBarrier {
 
   __device__ __forceinline__ void sync() {
     sync_consumers();
-    target += gridDim.x;
+    target += kGrid;
     phase++;
     if (threadIdx.x == 0) {
       red_add_release_gpu(Workspace(args).barrier(), 1);

@@ -187,6 +187,7 @@ def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
         f"constexpr int kWarps = {tuning.warps}, kConsumers = {32 * tuning.warps};",
         f"constexpr int kThreads = {32 * tuning.warps + 32}, kStageBytes = {tuning.stage_bytes};",
         f"constexpr int kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
+        f"constexpr int kGrid = {tuning.grid};",
         f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",
         f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)}, kProfile = {_bool(tuning.profile)};",
         f"constexpr u32 kAlarmGridBarrier = {ALARM_GRID_BARRIER}, kAlarmRing = {ALARM_RING};",

@@ -15,7 +15,7 @@ from .packing import Layout
 
 MANY_COLUMNS = 8  # tokens of one step of the kernel that reads prompts: the width of an mma
 ATTENTION_ROWS = 8  # query rows of one unit of attention, as in cuda/attention.cuh
-_RING_BYTES_PER_STAGE = 20  # two mbarriers and a size
+_RING_BYTES_PER_STAGE = 16  # two mbarriers
 _REDUCE_BYTES = 256
 _SELECT_BYTES = 2048 * 8 + 64
 _LEAST_WINDOW, _MOST_WINDOW = 4, 32
