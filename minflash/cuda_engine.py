@@ -50,18 +50,20 @@ class CudaEngine:
         *,
         device: Device | None = None,
         tuning: Tuning | None = None,
+        progress: bool = True,
     ) -> None:
         """Everything is uploaded here: the checkpoint may be closed afterwards.
 
         ``max_context`` in positions; None: the model's own, bounded by the free GPU memory.
-        ``device``: None for CuPy's current one. Raises ContextError when ``max_context`` is more
+        ``device``: None for CuPy's current one. ``progress``: a bar for a large model, where stderr
+        is a terminal. Raises ContextError when ``max_context`` is more
         than the model or the memory allows, DeviceError when the model does not fit the GPU.
         """
         if device is None:
             from .device import CudaDevice
 
             device = CudaDevice()
-        with Upload(checkpoint) as upload:
+        with Upload(checkpoint, progress=None if progress else False) as upload:
             self._take(StepModel(upload, device, max_context, tuning=tuning))
 
     @classmethod

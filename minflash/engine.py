@@ -102,10 +102,13 @@ class CpuEngine:
         return self._reference
 
 
-def open_engine(checkpoint: Checkpoint, device: str | None, max_context: int | None) -> Engine:
+def open_engine(
+    checkpoint: Checkpoint, device: str | None, max_context: int | None, *, progress: bool = True
+) -> Engine:
     """The engine for ``device``: "cuda", "cpu", or None for MINFLASH_DEVICE, else what there is.
 
-    The checkpoint may be closed once the engine is made.
+    The checkpoint may be closed once the engine is made. progress: a bar on stderr, where that is a
+    terminal and the model is large.
     Raises DeviceError when "cuda" is asked for and cannot be used, ArgumentError for other names.
     """
     device = device or os.environ.get("MINFLASH_DEVICE") or None
@@ -119,7 +122,7 @@ def open_engine(checkpoint: Checkpoint, device: str | None, max_context: int | N
     if problem is None and device is None:
         problem = _model_problem(checkpoint)
     if problem is None:
-        return _cuda_engine(checkpoint, max_context)
+        return _cuda_engine(checkpoint, max_context, progress)
     say_once(f"running on the CPU with the NumPy reference, which is slow: {problem}")
     return CpuEngine(checkpoint, max_context)
 
@@ -130,7 +133,7 @@ def _model_problem(checkpoint: Checkpoint) -> str | None:
     return problem
 
 
-def _cuda_engine(checkpoint: Checkpoint, max_context: int | None) -> Engine:
+def _cuda_engine(checkpoint: Checkpoint, max_context: int | None, progress: bool) -> Engine:
     module = importlib.import_module(".cuda_engine", __package__)
-    engine: Engine = module.CudaEngine(checkpoint, max_context)
+    engine: Engine = module.CudaEngine(checkpoint, max_context, progress=progress)
     return engine

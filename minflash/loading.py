@@ -47,10 +47,10 @@ def load(
         raise ArgumentError(unknown_load_argument(name, _LOAD_ARGUMENTS))
     check_load(quantize, group_size, max_context)
     folder = model_folder(path_or_repo, quantize=quantize, group_size=group_size, progress=progress)
-    return _open(folder, device, max_context)
+    return _open(folder, device, max_context, progress)
 
 
-def _open(folder: Path, device: str | None, max_context: int | None) -> LLM:
+def _open(folder: Path, device: str | None, max_context: int | None, progress: bool) -> LLM:
     from .checkpoint import open_checkpoint
     from .engine import open_engine
 
@@ -61,7 +61,7 @@ def _open(folder: Path, device: str | None, max_context: int | None) -> LLM:
             from .tokenizer import Tokenizer
 
             tokenizer = Tokenizer.load(folder, checkpoint.config.vocab_size)
-        engine = open_engine(checkpoint, device, max_context)
+        engine = open_engine(checkpoint, device, max_context, progress=progress)
     return LLM(engine, tokenizer, path=folder, defaults=defaults, eos_token_ids=eos_token_ids)
 
 
