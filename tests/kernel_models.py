@@ -1,4 +1,4 @@
-"""Small random models for the kernel's tests, the devices that run them, and what they must compute."""
+"""Small random models for the kernel's tests, devices to run them, and what must come out."""
 
 from __future__ import annotations
 
@@ -214,7 +214,8 @@ class Run:
     small: bool = True  # a small ring and short splits, so that tiny models go round them often
     kv_type: str | None = None
     max_context: int | None = None
-    edit: Callable[[str], str] | None = None  # emulated only
+    edit: Callable[[str], str] | None = None  # emulated only: plants a bug
+    timeout_s: float = 60  # emulated only
 
 
 class Machine:
@@ -245,7 +246,7 @@ class Machine:
             return CountingCudaDevice()
         return EmulatedDevice(
             run.grid or 13, capability=run.capability, shared_bytes=run.shared_bytes,
-            order=run.order, seed=run.seed, edit=run.edit,
+            order=run.order, seed=run.seed, edit=run.edit, timeout_s=run.timeout_s,
         )  # fmt: skip
 
     def _facts(self, run: Run) -> DeviceFacts:
@@ -293,7 +294,7 @@ def emulated(
 def feed(
     step: StepModel, tokens: Sequence[int], widths: Sequence[int], position: int = 0
 ) -> NDArray[np.float32]:
-    """Logits [n, vocab] of ``tokens`` in steps of ``widths`` columns, again from the first width on.
+    """Logits [n, vocab] of ``tokens`` in steps of ``widths`` columns, over and over.
 
     Checks on the way that each step is one launch and that its token is the largest logit's.
     """
@@ -369,7 +370,7 @@ def assert_within_bound(logits: Array, exact: Array, rounded: Array) -> None:
 
 
 def _offsets(name: str, head_dim: int) -> Array:
-    """Where k_offset or v_offset of cuda/attention.cuh puts each value of a block: int [16, head_dim].
+    """Where k_offset or v_offset of cuda/attention.cuh puts a block's values: int [16, head_dim].
 
     Read from the source, so that the cache's layout is written down once. In units of 16 bits.
     """
@@ -395,8 +396,8 @@ def read_cache(step: StepModel) -> tuple[Array, Array]:
     step.device.download(int(step._args["kv_cache"]), raw)
     layers, heads, blocks, _ = raw.shape
     shape = (layers, heads, blocks * 16, step.config.head_dim)
-    keys, values = (raw[..., _offsets(n, shape[3])].reshape(shape) for n in ("k_offset", "v_offset"))
-    return keys, values
+    keys, values = (raw[..., _offsets(f"{name}_offset", shape[3])] for name in "kv")
+    return keys.reshape(shape), values.reshape(shape)
 
 
 def write_cache(step: StepModel, keys: Array, values: Array) -> None:

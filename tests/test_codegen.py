@@ -1,4 +1,4 @@
-"""The generated source: one string, the same for the same model, with the launch arguments of NumPy."""
+"""The generated source: one string, the same for the same model, with NumPy's launch arguments."""
 
 from __future__ import annotations
 
@@ -154,9 +154,10 @@ def test_what_the_kernel_cannot_run_is_said() -> None:
         with pytest.raises(DeviceError, match=match):
             generate(model.config, model.matrices, Tuning())
 
-    refuse("head_dim 64, 96 and 128, this model has 32", RandomModel(model_config(head_dim=32), "bf16"))
-    refuse("hidden_dim to be a multiple of 32, found 104",
-           RandomModel(model_config(hidden_dim=104), "bf16"))  # fmt: skip
+    narrow = RandomModel(model_config(head_dim=32), "bf16")
+    refuse("head_dim 64, 96 and 128, this model has 32", narrow)
+    odd = RandomModel(model_config(hidden_dim=104), "bf16")
+    refuse("hidden_dim to be a multiple of 32, found 104", odd)
     refuse("type fp32", RandomModel(model_config(), "fp32"))
     mixed = RandomModel(model_config(), "bf16")
     mixed.put("layers.1.wo", RandomModel(model_config(), "int8", 32).matrix("layers.1.wo"))
@@ -172,4 +173,5 @@ def test_inline_assembly_is_in_one_file() -> None:
 
 def test_one_program_holds_both_kernels() -> None:
     generated = program()
-    assert set(generated.maps) == set(re.findall(r"void (?:__\w+\(.*?\) )?(step_\w+)\(", generated.source))
+    found = re.findall(r"void (?:__\w+\(.*?\) )?(step_\w+)\(", generated.source)
+    assert set(found) == set(generated.maps)

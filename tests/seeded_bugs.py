@@ -1,0 +1,225 @@
+"""Bugs planted in the step kernel's source, and whether the emulated device's tests notice.
+
+``python tests/seeded_bugs.py`` plants each one in turn and prints the table of docs/kernel.md.
+"""
+
+# ruff: noqa: E501 - patterns of whole lines of the source
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from emulator import ORDERS, SANITIZER_EXIT_CODE, EmulatorError, run_sanitized
+from kernel_models import (
+    Machine,
+    RandomModel,
+    Run,
+    both_references,
+    bound,
+    default_kv_type,
+    feed,
+    fill_cache,
+    model_config,
+    random_tokens,
+)
+
+from minflash.codegen import generate
+from minflash.errors import DeviceError
+from minflash.sampling import Sampling, sample
+from minflash.tuning import DeviceFacts, choose
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One change of the source: the ``index``-th match of ``pattern`` becomes ``text``."""
+
+    what: str
+    pattern: str
+    text: str = ""
+    index: int = 0
+    barriers_per_layer: int = 0  # fewer than in the right source
+    odd_ring: bool = False  # stages are no multiple of the warps
+
+    def edit(self, source: str) -> str:
+        matches = list(re.finditer(self.pattern, source))
+        if self.index >= len(matches):
+            raise AssertionError(f"{self.what}: the source has no {self.pattern}")
+        match = matches[self.index]
+        source = source[: match.start()] + match.expand(self.text) + source[match.end() :]
+        return re.sub(r"kStages = 24,", "kStages = 20,", source) if self.odd_ring else source
+
+
+# Bugs with names. The patterns are loose, for the source goes on changing.
+BUGS = (
+    Bug("a matrix is streamed before its turn", r"(stream_matrix<Map, tensors::wo>.*;)(\s*)(stream_matrix<Map, tensors::w_gate_up>.*;)", r"\3\2\1"),
+    Bug("the ring: stages are not released", r"mbarrier_arrive\(&ring\.empty\[stage\]\);", ";"),
+    Bug("the ring: the producer does not wait for a release", r"wait_parity\(&ring\.empty\[[^;]*;", ";"),
+    Bug("the ring: consumers do not wait for copies", r"wait_parity\(&ring\.full\[stage\][^;]*;"),
+    Bug("the ring: the parity never flips", r"stage -= Map::kStages; parity \^= 1;", "stage -= Map::kStages;"),
+    Bug("the ring: released before it is read", r"(use\(int\(next - begin\)[^;]*;)([^}]*?)(if \(threadIdx\.x % 32 == 0\) mbarrier_arrive\(&ring\.empty\[stage\]\);)", r"\3\1\2"),
+    Bug("the ring: a warp may be two phases ahead", r"static_assert\(Map::kStages % kWarps[\s\S]*?;", "", 0, 0, True),
+    Bug("attention: the fresh positions are attended to by every split", r"threadIdx\.x < 32 && u\.split == plan\.splits - 1", "threadIdx.x < 32"),
+    Bug("attention: a position too many", r"return position < plan\.position &&", "return position <= plan.position &&"),
+    Bug("attention: the window is one too wide", r"position > plan\.position \+ column_of\((\w+)\) - window", r"position >= plan.position + column_of(\1) - window"),
+    Bug("attention: columns see later columns", r"offset <= column && ", ""),
+    Bug("attention: arrivals are not reset", r"if \(\*last\) arrivals\[team\] = 0;"),
+    Bug("sampling: arrivals are not reset", r"if \(\*last\) \*arrivals = 0;"),
+    Bug("sampling: noise of the position before", r"args\.position \+ args\.n_columns\)", "args.position + args.n_columns - 1)"),
+    Bug("int4: the high nibbles count 16-fold", r"high_row \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
+    Bug("the bias of int8's zero is forgotten", r"t0 = -128\.0f \* s0, t1 = -128\.0f \* s1", "t0 = 0, t1 = 0"),
+    Bug("the residual is stored, not added", r"red_add\((work\.residual\(\)[^,]*), ([^;]*)\);", r"*(\1) = \2;"),
+)  # fmt: skip
+
+SAMPLINGS = (
+    Sampling(1.0, seed=4),
+    Sampling(1.0, 20, 0.9, 0.01, 3),
+    Sampling(1.0, top_k=1, seed=5),
+    Sampling(1.0, top_p=1e-6, seed=6),
+    Sampling(4.0, top_k=3, seed=7),
+)
+
+# Bugs of synchronisation: each barrier of the source is dropped in turn.
+DROPPED = {
+    "grid barrier": r"\bgrid\.sync\(\);[^\n]*",
+    "barrier of a block": r"(?<!void )\bsync_consumers\(\);[^\n]*",
+    "barrier of a warp": r"__syncwarp\(\);[^\n]*",
+    "barrier before the roles part": r"__syncthreads\(\);[^\n]*",
+}
+
+
+def models() -> list[RandomModel]:
+    """Small, and between them: splits, windows, biases, a wide matrix in panels, few slots."""
+    first = model_config(
+        dim=128, hidden_dim=192, n_heads=6, n_kv_heads=2, windows=(30, 0), qk_norm=True
+    )
+    second = model_config(head_dim=128, n_layers=1, mlp_bias=True, out_bias=True, qkv_bias=True)
+    third = model_config(dim=64, hidden_dim=3104, n_heads=2, n_layers=1, vocab_size=130)
+    return [
+        RandomModel(first, "int4", 64, ("int8", 64)),
+        RandomModel(second, "int8", 32, ("bf16", 0)),
+        RandomModel(third, "bf16"),
+    ]
+
+
+def source() -> str:
+    """The source of the first of the models."""
+    model = models()[0]
+    return generate(
+        model.config, model.matrices, choose(model.config, DeviceFacts(90, 7, 101376))
+    ).source
+
+
+def dropped() -> Iterator[Bug]:
+    """One bug for every barrier of the source, named by its comment or what stands before it."""
+    text = source()
+    for kind, pattern in DROPPED.items():
+        for index, match in enumerate(re.finditer(pattern, text)):
+            file = re.findall(r'#line \d+ "(\S+)"', text[: match.start()])[-1]
+            comment = match[0].partition("//")[2].strip()
+            before = re.split(r"[;{}]\s*", text[: match.start()].rstrip(" {;}\n"))[-1].strip()
+            where = comment or "after " + " ".join(before.split())[:50]
+            yield Bug(f"dropped {kind}: {file}: {where}", pattern, "", index, int(kind[0] == "g"))
+
+
+def symptom(bug: Bug | None, *, timeout_s: float = 2) -> str | None:
+    """How the bug shows, or None. Wrong values are sought in all orders of warps and copies."""
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(90)
+    try:
+        for model in models():
+            for grid in (7, 1):
+                for seed, order in enumerate(ORDERS):
+                    run = Run(grid, order, seed, timeout_s=timeout_s)
+                    if bug:
+                        run = replace(run, edit=bug.edit)
+                    if bug and bug.odd_ring:
+                        run = replace(run, small=False, shared_bytes=232448)
+                    if found := wrong_value(model, run, bug.barriers_per_layer if bug else 0):
+                        return f"{found} ({grid} blocks, {order})"
+    except EmulatorError as error:
+        text = str(error)
+        compiled = "static assertion" in text or "error:" in text
+        return (
+            "does not compile" if compiled else "report: " + text.partition(": ")[2].splitlines()[0]
+        )
+    except DeviceError:
+        return "watchdog"
+    except TimeoutError:
+        return "no token comes"
+    finally:
+        signal.alarm(0)
+    return None
+
+
+def _give_up(*_: object) -> None:
+    raise TimeoutError
+
+
+def wrong_value(model: RandomModel, run: Run, fewer_barriers: int) -> str | None:
+    """What is wrong in a series of steps: from the start, after a long past, sampling."""
+    machine = Machine("emulated")
+    step = machine.open(model, run)
+    step.program = replace(
+        step.program, barriers=step.program.barriers - fewer_barriers * model.config.n_layers
+    )
+    pair = both_references(model)
+    for length in (0, 150):
+        fill_cache(step, pair, length, default_kv_type(model))
+        tokens = random_tokens(model.config, 27, 5)
+        try:
+            logits = feed(step, tokens, (8, 1, 1, 7), length)
+        except AssertionError:
+            return "token is not the largest logit's"
+        exact, rounded = (r.forward(tokens, length, all_logits=True) for r in pair)
+        if not np.abs(logits - exact).max() <= bound(exact, rounded):
+            return "logits"
+    for position, sampling in enumerate(SAMPLINGS, 177):
+        ticket = step.step([6], position, logits=True, sampling=sampling)
+        if step.token(ticket) != sample(step.read_logits(1)[0], sampling, position + 1):
+            return "sampled token"
+    machine.close()
+    return None
+
+
+def caught_by_thread_sanitizer(index: int) -> bool:
+    arguments = [__file__, "sanitized", str(index)]
+    done = run_sanitized(arguments, "thread", timeout_s=300)
+    return done.returncode == SANITIZER_EXIT_CODE
+
+
+def sanitized(index: int) -> None:
+    """What the sanitized process runs: steps whose past ends with a block, as in test_kernel.py."""
+    bug, model = [*BUGS, *dropped()][index], models()[0]
+    for order in ORDERS:
+        machine = Machine("emulated")
+        step = machine.open(model, Run(7, order, edit=bug.edit))
+        for length in (0, 160):
+            fill_cache(step, (), length, default_kv_type(model))
+            feed(step, random_tokens(model.config, 8), (8,), length)
+            feed(step, [3], (1,), length)
+            step.token(step.step([6], length, sampling=SAMPLINGS[1]))
+
+
+def main() -> None:
+    if found := symptom(None):
+        sys.exit(f"the right source shows: {found}")
+    for index, bug in enumerate([*BUGS, *dropped()]):
+        try:
+            found = symptom(bug)
+        except AssertionError as error:
+            found = f"NOT PLANTED: {error}"
+        if found is None:
+            found = "ThreadSanitizer" if caught_by_thread_sanitizer(index) else "NOT CAUGHT"
+        print(f"| {bug.what} | {found} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["sanitized"]:
+        sanitized(int(sys.argv[2]))
+    else:
+        main()

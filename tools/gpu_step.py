@@ -1,0 +1,44 @@
+"""A few steps of small models on the GPU: what compute-sanitizer and ncu are pointed at.
+
+    compute-sanitizer --tool racecheck python3 tools/gpu_step.py int4
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from kernel_models import (  # noqa: E402
+    Machine,
+    RandomModel,
+    Run,
+    assert_within_bound,
+    feed,
+    model_config,
+    random_tokens,
+    references,
+)
+
+from minflash.sampling import Sampling  # noqa: E402
+
+
+def main(type: str, capability: int) -> None:
+    """Two columns, one column, splits of the past, sampling with all filters."""
+    group = 0 if type in ("bf16", "fp16") else 64
+    config = model_config(dim=128, hidden_dim=192, qk_norm=True, qkv_bias=True, windows=(0, 40))
+    model = RandomModel(config, type, group)
+    machine = Machine("cuda")
+    step = machine.open(model, Run(8, capability=capability))
+    tokens = random_tokens(config, 72)
+    logits = feed(step, tokens, (8, 8, 8, 8, 8, 8, 8, 8, 1, 1, 2))
+    assert_within_bound(logits, *references(model, tokens))
+    step.token(step.step([5], 72, sampling=Sampling(0.8, 40, 0.9, 0.01, 7)))
+    machine.close()
+    print(f"{type}, sm_{capability} path: {len(step.device.launches)} launches, within the bound")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if sys.argv[1:] else "int4", int(sys.argv[2]) if sys.argv[2:] else 90)
