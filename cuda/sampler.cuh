@@ -63,7 +63,7 @@ __device__ __forceinline__ float unordered(u32 key) { return __uint_as_float(key
 // The largest key whose weight, summed over all keys from it up, reaches the goal: three digits of 11
 // bits. weight(scaled) is an integer; goal_of(total) is asked once, with the sum of all weights.
 template <class Map, class Weight, class Goal>
-__device__ __noinline__ u32 select(const float* logits, float temperature, u32 least, Weight weight, Goal goal_of) {
+__device__ u32 select(const float* logits, float temperature, u32 least, Weight weight, Goal goal_of) {
   u64* bins = reinterpret_cast<u64*>(Shared<Map>::scratch());  // [2048], then the answer
   u64* answer = bins + 2048;                                   // digit, weight above it
   u32 prefix = 0;
@@ -109,7 +109,7 @@ __device__ __noinline__ u32 select(const float* logits, float temperature, u32 l
 
 // The token when filters are on. Called by one whole block.
 template <class Map>
-__device__ __noinline__ Candidate filtered_choice(const StepArgs& args, const float* logits) {
+__device__ Candidate filtered_choice(const StepArgs& args, const float* logits) {
   float highest = -kInfinity;
 #pragma unroll 1
   for (int i = threadIdx.x; i < model::kVocab; i += kConsumers) highest = fmaxf(highest, ld_cg(logits + i));
