@@ -36,7 +36,8 @@ FIRST_CAPACITY = 256  # positions of a fresh KV cache
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """[..., dim] -> [..., dim]: x / sqrt(mean(x^2) + eps) * weight."""
     mean = np.sum(x * x, axis=-1, keepdims=True) / x.dtype.type(x.shape[-1])
-    return x / np.sqrt(mean + x.dtype.type(eps)) * weight
+    normed: Array = x / np.sqrt(mean + x.dtype.type(eps)) * weight
+    return normed
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -58,9 +59,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def softmax(x: Array) -> Array:
     """[..., s] -> [..., s], sums to 1 along the last axis; -inf becomes 0."""
-    powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    total: Array = np.sum(powers, axis=-1, keepdims=True)
-    powers /= total
+    powers: Array = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    powers /= np.sum(powers, axis=-1, keepdims=True)
     return powers
 
 
