@@ -214,7 +214,9 @@ def test_broken_pipe_is_quiet(environment: dict[str, str]) -> None:
 
 def test_interrupt_ends_with_130(environment: dict[str, str]) -> None:
     code = (
-        "import sys, time, minflash.llm as m\n"
+        "import signal, sys, time, minflash.llm as m\n"
+        # A shell starts what it puts into the background with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "real = m.LLM._chunks\n"
         "def slow(*a):\n"
         "    for chunk in real(*a):\n"
