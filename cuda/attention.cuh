@@ -22,6 +22,8 @@ static_assert(kChunkBlocks >= 1, "a stage must hold a block of 16 positions of K
 // Query rows that one unit handles: the columns of an mma.
 constexpr int kRows = 8;
 
+struct Unit { int kv_head, row_tile, split; };
+
 // The work: query rows of a KV head in tiles of kRows, times splits of the past.
 template <class Map>
 struct Plan {
@@ -36,11 +38,11 @@ struct Plan {
     splits = smaller(room < kMaxSplits ? room : kMaxSplits, ceil_div(blocks, kSplitBlocks));
     if (splits < 1) splits = 1;
   }
+  __device__ __forceinline__ int rows(const Unit& u) const { return smaller(kRows, kGroup * n_columns - u.row_tile * kRows); }
   __device__ __forceinline__ int units() const { return model::kKvHeads * row_tiles * splits; }
   __device__ __forceinline__ int split_begin(int split) const { return first_block + int(u32(blocks * split) / u32(splits)); }
 };
 
-struct Unit { int kv_head, row_tile, split; };
 template <class Map>
 __device__ __forceinline__ Unit unit_of(const Plan<Map>& plan, int index) {
   const u32 team = u32(index) / u32(plan.splits);
@@ -109,7 +111,8 @@ __device__ __forceinline__ void rotate_row(const float* row, const float* norm_w
 __device__ __forceinline__ u16 rounded(float v) { return (u16)round_pair<kKvBf16>(v, 0.0f); }
 
 // Queries of the unit's row tile, and, for the last split, the step's own K and V: also into the cache.
-// Warps take rows in turn: kRows of queries, then the columns' rows of K.
+// Warps take rows in turn: those of the queries, then the columns' rows of K. Query rows that are not
+// there keep what lies in shared memory: their columns of the products are never read.
 template <class Map>
 __device__ void prepare(const Plan<Map>& plan, const Unit& u, const StepArgs& args, const float* qkv, const float* q_norm, const float* k_norm,
                         u8* cache) {
@@ -117,21 +120,17 @@ __device__ void prepare(const Plan<Map>& plan, const Unit& u, const StepArgs& ar
   constexpr int kRowWidth = (model::kHeads + 2 * model::kKvHeads) * kHeadDim;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool last = u.split == plan.splits - 1;
+  const int rows = plan.rows(u);
   if (last) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kBlockBytes / 16; i += kConsumers) reinterpret_cast<uint4*>(s.fresh)[i] = make_uint4(0, 0, 0, 0);
     sync_consumers();  // the block of fresh positions is zero
   }
 #pragma unroll 1
-  for (int r = warp; r < kRows + (last ? plan.n_columns : 0); r += kWarps) {
-    const bool query = r < kRows;
-    const int row = u.row_tile * kRows + r, column = query ? row / kGroup : r - kRows, position = plan.position + column;
+  for (int r = warp; r < rows + (last ? plan.n_columns : 0); r += kWarps) {
+    const bool query = r < rows;
+    const int row = u.row_tile * kRows + r, column = query ? row / kGroup : r - rows, position = plan.position + column;
     u8* to = s.queries + r * kQueryStride;
-    if (column >= plan.n_columns) {
-#pragma unroll 1
-      for (int d = lane; d < kHeadDim / 2; d += 32) reinterpret_cast<u32*>(to)[d] = 0;
-      continue;
-    }
     const int head = query ? u.kv_head * kGroup + row % kGroup : model::kHeads + u.kv_head;
     const float* from = qkv + (u64)column * kRowWidth + head * kHeadDim;
     u8* block = u.row_tile == 0 ? cache + block_offset(u.kv_head, position / 16, args.max_blocks) : nullptr;
@@ -298,7 +297,7 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
   for (int i = 0; i < share.count; i++) {
     const int index = share.first + i * kGrid;
     const Unit u = unit_of(plan, index);
-    const int rows = smaller(kRows, kGroup * plan.n_columns - u.row_tile * kRows);
+    const int rows = plan.rows(u);
     const auto finish = [&](int row, int d, const Part& part) {
       const int global = u.row_tile * kRows + row, column = global / kGroup, head = u.kv_head * kGroup + global % kGroup;
       out[((u64)column * model::kHeads + head) * kHeadDim + d] = (u16)round_pair<kOutBf16>(__fdividef(part.value, part.sum), 0.0f);

@@ -88,53 +88,73 @@ __device__ __forceinline__ float team_sum(float v) {
   return v;
 }
 
-// RMSNorm(residual) * weight, rounded for m. read(column, k8, v) yields eight fp32 values of the residual;
-// a thread keeps those it may keep in registers, and reads the others again.
+// The weight of a norm. With one column a thread fetches its part before the barrier that the norm waits
+// for, so that device memory's latency is not exposed; with several it reads it when needed.
+template <class Map>
+struct NormWeight {
+  using S = LoadShare<Map>;
+  static constexpr int kRounds = ceil_div(model::kDim / 8, S::kThreads);
+  static constexpr bool kHeld = Map::kColumns == 1 && kRounds <= 2;
+  const float4* weight;
+  float4 held[kHeld ? 2 * kRounds : 1];
+
+  __device__ __forceinline__ void fetch(const float* from) {
+    weight = reinterpret_cast<const float4*>(from);
+    if constexpr (kHeld)
+#pragma unroll
+      for (int round = 0; round < kRounds; round++) {
+        const int k8 = round * S::kThreads + S::thread();
+        if (k8 < model::kDim / 8) held[2 * round] = ld_nc(weight + 2 * k8), held[2 * round + 1] = ld_nc(weight + 2 * k8 + 1);
+      }
+  }
+  // v *= scale * weight, for the vector that this thread has in `round`.
+  __device__ __forceinline__ void apply(int round, int k8, float scale, float (&v)[8]) const {
+    const float4 a = kHeld ? held[2 * round] : ld_nc(weight + 2 * k8), b = kHeld ? held[2 * round + 1] : ld_nc(weight + 2 * k8 + 1);
+    const float w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] *= scale * w[i];
+  }
+};
+
+// RMSNorm(residual) * weight, rounded for m. read(column, k8, v) yields eight fp32 values of the residual.
+// A thread reads kBatch vectors at a time; where that is all of them it keeps them, else it reads again.
 template <class Map, Matrix m, class Read>
-__device__ void load_normed(const float* weight, int n_columns, int panel, Read read) {
+__device__ void load_normed(const NormWeight<Map>& weight, int n_columns, int panel, Read read) {
   using S = LoadShare<Map>;
   using W = Walk<Map, m>;
-  constexpr int kEnd8 = model::kDim / 8, kRounds = ceil_div(kEnd8, S::kThreads);
-  constexpr bool kKeep = W::kPanels == 1 && kRounds <= 2;
+  constexpr int kEnd8 = model::kDim / 8, kRounds = NormWeight<Map>::kRounds, kBatch = smaller(kRounds, 4);
+  constexpr bool kKeep = W::kPanels == 1 && kRounds == kBatch;
   const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
   sync_consumers();  // nobody reads the previous activations any more
 #pragma unroll 1
   for (int column = S::team(); column < n_columns; column += S::kTeams) {
-    float kept[kKeep ? kRounds : 1][8], squares = 0;
+    float v[kBatch][8], squares = 0;
+    const auto read_batch = [&](int round, int begin, int end) {
 #pragma unroll
-    for (int round = 0; round < (kKeep ? kRounds : 0); round++) {
-      const int k8 = round * S::kThreads + S::thread();
-      if (k8 < kEnd8) read(column, k8, kept[round]);
-    }
-#pragma unroll(kKeep ? kRounds : 1)
-    for (int round = 0; round < kRounds; round++) {
-      const int k8 = round * S::kThreads + S::thread();
-      if (k8 >= kEnd8) break;
-      float(&v)[8] = kept[kKeep ? round : 0];
-      if (!kKeep) read(column, k8, v);
+      for (int i = 0; i < kBatch; i++) {
+        const int k8 = (round + i) * S::kThreads + S::thread();
 #pragma unroll
-      for (int i = 0; i < 8; i++) squares += v[i] * v[i];
+        for (int j = 0; j < 8; j++) v[i][j] = 0;
+        if (begin + k8 < kEnd8 && k8 < end) read(column, begin + k8, v[i]);
+      }
+    };
+#pragma unroll 1
+    for (int round = 0; round < kRounds; round += kBatch) {
+      read_batch(round, 0, kEnd8);
+#pragma unroll
+      for (int i = 0; i < kBatch * 8; i++) squares += v[i / 8][i % 8] * v[i / 8][i % 8];
     }
     const float scale = rsqrtf(team_sum<Map>(squares) / model::kDim + model::kNormEps);
     constexpr int kPutRounds = ceil_div(W::kPanelTiles * m.tile_cols() / 8, S::kThreads);
-#pragma unroll(kKeep ? kPutRounds : 1)
-    for (int round = 0; round < kPutRounds; round++) {
-      const int k8 = round * S::kThreads + S::thread();
-      float v[8] = {};
-      if (begin8 + k8 < kEnd8 && k8 < end8) {
-        if constexpr (kKeep) {
+#pragma unroll 1
+    for (int round = 0; round < kPutRounds; round += kBatch) {
+      if (!kKeep) read_batch(round, begin8, end8);
 #pragma unroll
-          for (int i = 0; i < 8; i++) v[i] = kept[round][i];
-        } else {
-          read(column, begin8 + k8, v);
-        }
-        const float4* w = reinterpret_cast<const float4*>(weight) + (begin8 + k8) * 2;
-        const float4 w0 = w[0], w1 = w[1];
-        const float weights[8] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] *= scale * weights[i];
+      for (int i = 0; i < kBatch; i++) {
+        const int k8 = (round + i) * S::kThreads + S::thread();
+        if (begin8 + k8 < kEnd8 && k8 < end8) weight.apply(kKeep ? i : 0, begin8 + k8, scale, v[i]);
+        put_rounded<Map, m>(column, k8, end8, round_8<m.bf16()>(v[i]));
       }
-      put_rounded<Map, m>(column, k8, end8, round_8<m.bf16()>(v));
     }
   }
   sync_consumers();  // publishes the activations to the block's consumers

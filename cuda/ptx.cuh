@@ -60,6 +60,13 @@ __device__ __forceinline__ u32 ld_cg(const u32* p) {
   return v;
 }
 
+// Reads of what no kernel writes.
+__device__ __forceinline__ float4 ld_nc(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+  return v;
+}
+
 // Time.
 __device__ __forceinline__ u64 globaltimer_ns() {
   u64 t;
@@ -97,9 +104,14 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(u64* b, u32 parity) {
                : "=r"(done) : "r"(smem_address(b)), "r"(parity) : "memory");
   return done;
 }
-__device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_address(dst)),
-               "l"(src), "r"(bytes), "r"(smem_address(b)) : "memory");
+__device__ __forceinline__ u64 createpolicy_evict_first() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b, u64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                   smem_address(dst)), "l"(src), "r"(bytes), "r"(smem_address(b)), "l"(policy) : "memory");
 }
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else

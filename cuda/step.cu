@@ -45,6 +45,9 @@ __device__ void consume(const StepArgs& args) {
     red_add(work.residual() + column * model::kDim + row, v + (bias ? bias[row] : 0.0f));  // nobody else adds to it
   };
 
+  const float* final_norm = reinterpret_cast<const float*>(args.weights + tensors::final_norm);
+  NormWeight<Map> norm;  // of the next load
+  norm.fetch(reinterpret_cast<const float*>(args.weights + tensors::kLayers + tensors::attn_norm));
   store_share<Map>(work.residual(), n, embedding);
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
@@ -58,8 +61,8 @@ __device__ void consume(const StepArgs& args) {
     multiply_matrix<Map, tensors::wqkv>(
         consumer, deal, n,
         [&](int panel) {
-          if (layer == 0) load_normed<Map, tensors::wqkv>(vector(tensors::attn_norm), n, panel, embedding);
-          else load_normed<Map, tensors::wqkv>(vector(tensors::attn_norm), n, panel, residual);
+          if (layer == 0) load_normed<Map, tensors::wqkv>(norm, n, panel, embedding);
+          else load_normed<Map, tensors::wqkv>(norm, n, panel, residual);
         },
         [&](int row, int column, float low, float high) {
           float* at = work.qkv() + column * tensors::wqkv.rows + row;
@@ -80,10 +83,11 @@ __device__ void consume(const StepArgs& args) {
           if (row < model::kDim) add_to_residual(wo_bias, column, row, low);
           if (row + 8 < model::kDim) add_to_residual(wo_bias, column, row + 8, high);
         });
+    norm.fetch(vector(tensors::ffn_norm));
     grid.sync();  // publishes the residual with attention added
 
     multiply_matrix<Map, tensors::w_gate_up>(
-        consumer, deal, n, [&](int panel) { load_normed<Map, tensors::w_gate_up>(vector(tensors::ffn_norm), n, panel, residual); },
+        consumer, deal, n, [&](int panel) { load_normed<Map, tensors::w_gate_up>(norm, n, panel, residual); },
         [&](int row, int column, float gate, float up) {
           if (w_gate_up_bias) gate += w_gate_up_bias[row], up += w_gate_up_bias[row + 8];
           const int hidden = row / 16 * 8 + row % 8;
@@ -97,15 +101,16 @@ __device__ void consume(const StepArgs& args) {
           if (row < model::kDim) add_to_residual(w_down_bias, column, row, low);
           if (row + 8 < model::kDim) add_to_residual(w_down_bias, column, row + 8, high);
         });
+    const bool last = layer + 1 == model::kLayers;
+    norm.fetch(last ? final_norm : vector(tensors::kLayerBytes + tensors::attn_norm));
     grid.sync();  // publishes the layer's output
   }
 
   if (!args.head) return;
-  const float* final_norm = reinterpret_cast<const float*>(args.weights + tensors::final_norm);
   const bool keep_logits = args.logits || sampler::filtered(args);
   Candidate best;
   multiply_matrix<Map, tensors::head>(
-      consumer, deal, n, [&](int panel) { load_normed<Map, tensors::head>(final_norm, n, panel, residual); },
+      consumer, deal, n, [&](int panel) { load_normed<Map, tensors::head>(norm, n, panel, residual); },
       [&](int row, int column, float low, float high) {
         const float both[2] = {low, high};
 #pragma unroll

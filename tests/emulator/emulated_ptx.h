@@ -247,6 +247,7 @@ inline uint4 ld_cg(const uint4* p) { return *p; }
 inline float ld_cg(const float* p) { return *p; }
 inline u32 ld_cg(const u32* p) { return *p; }
 
+inline float4 ld_nc(const float4* p) { return *p; }
 inline u64 globaltimer_ns() { return emulated::clock_ns(); }
 inline u64 clock64_now() { return globaltimer_ns(); }
 
@@ -256,7 +257,8 @@ inline bool mbarrier_test_wait_parity(u64* b, u32 parity) { return emulated::mba
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive_expect_tx(u64* b, u32 bytes) { emulated::mbarrier_arrive(b, bytes); }
 inline bool mbarrier_try_wait_parity(u64* b, u32 parity) { return emulated::mbarrier_wait(b, parity); }
-inline void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) { emulated::copy_bulk(dst, src, bytes, b); }
+inline u64 createpolicy_evict_first() { return 1; }
+inline void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b, u64) { emulated::copy_bulk(dst, src, bytes, b); }
 inline void fence_proxy_async() {}
 inline void cp_async_16(void* dst, const void* src) { emulated::copy_16(dst, src); }
 inline void cp_async_mbarrier_arrive_noinc(u64* b) { emulated::copy_16_arrive(b); }
