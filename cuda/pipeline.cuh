@@ -53,8 +53,6 @@ __device__ __forceinline__ void wait_parity(u64* barrier, u32 parity, const Step
 template <class Map>
 struct Producer {
   const StepArgs& args;
-  // Nothing in the stream is read twice by this step: what blocks share should stay in L2 instead.
-  u64 policy = kBulkCopy ? createpolicy_evict_first() : 0;
   int stage = 0, oldest = 0;           // next stage to fill; oldest stage not known to have landed
   u32 parity = 0, oldest_parity = 0;   // of those stages' current round
   int in_flight = 0, issued = 0;       // issued: counts to kStages and stays there
@@ -89,7 +87,7 @@ struct Producer {
     u8* dst = Shared<Map>::stage(stage);
     if constexpr (kBulkCopy) {
       mbarrier_arrive_expect_tx(&ring.full[stage], bytes);
-      cp_async_bulk(dst, src, bytes, &ring.full[stage], policy);
+      cp_async_bulk(dst, src, bytes, &ring.full[stage]);
     } else {
       for (u32 i = threadIdx.x % 32 * 16; i < bytes; i += 512) cp_async_16(dst + i, src + i);
       cp_async_mbarrier_arrive_noinc(&ring.full[stage]);

@@ -104,14 +104,9 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(u64* b, u32 parity) {
                : "=r"(done) : "r"(smem_address(b)), "r"(parity) : "memory");
   return done;
 }
-__device__ __forceinline__ u64 createpolicy_evict_first() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b, u64 policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                   smem_address(dst)), "l"(src), "r"(bytes), "r"(smem_address(b)), "l"(policy) : "memory");
+__device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_address(dst)),
+               "l"(src), "r"(bytes), "r"(smem_address(b)) : "memory");
 }
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else
