@@ -81,6 +81,7 @@ SAMPLINGS = (
     Sampling(1.0, top_k=1, seed=5),
     Sampling(1.0, top_p=1e-6, seed=6),
     Sampling(4.0, top_k=3, seed=7),
+    Sampling(1.5, min_p=0.1, seed=8),
 )
 
 # Bugs of synchronisation: each barrier of the source is dropped in turn.
@@ -98,7 +99,7 @@ def models() -> list[RandomModel]:
         dim=128, hidden_dim=192, n_heads=6, n_kv_heads=2, windows=(30, 0), qk_norm=True
     )
     second = model_config(head_dim=128, n_layers=1, mlp_bias=True, out_bias=True, qkv_bias=True)
-    third = model_config(dim=64, hidden_dim=3104, n_heads=2, n_layers=1, vocab_size=130)
+    third = model_config(dim=64, hidden_dim=4128, n_heads=2, n_layers=1, vocab_size=130)
     return [
         RandomModel(first, "int4", 64, ("int8", 64)),
         RandomModel(second, "int8", 32, ("bf16", 0)),
@@ -110,7 +111,7 @@ def source() -> str:
     """The source of the first of the models."""
     model = models()[0]
     return generate(
-        model.config, model.matrices, choose(model.config, DeviceFacts(90, 7, 101376))
+        model.config, model.matrices, choose(model.config, DeviceFacts(90, 7, 232448))
     ).source
 
 
@@ -202,7 +203,8 @@ def sanitized(index: int) -> None:
             fill_cache(step, (), length, default_kv_type(model))
             feed(step, random_tokens(model.config, 8), (8,), length)
             feed(step, [3], (1,), length)
-            step.token(step.step([6], length, sampling=SAMPLINGS[1]))
+            for sampling in SAMPLINGS:
+                step.token(step.step([6], length, sampling=sampling))
 
 
 def main() -> None:
