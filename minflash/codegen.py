@@ -114,7 +114,8 @@ def generate(
         _workspace_struct(workspace),
     ])  # fmt: skip
     source = join_sources(resource_dir("cuda"), "step.cu", {"config.cuh": constants})
-    return Program(source, weights, maps, tuning, args, workspace, PHASES_PER_LAYER * config.n_layers)
+    phases = PHASES_PER_LAYER * config.n_layers
+    return Program(source, weights, maps, tuning, args, workspace, phases)
 
 
 def join_sources(folder: Path, root: str, generated: Mapping[str, str]) -> str:
@@ -189,7 +190,8 @@ def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
         f"constexpr int kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
         f"constexpr int kGrid = {tuning.grid};",
         f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",
-        f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)}, kProfile = {_bool(tuning.profile)};",
+        f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)};",
+        f"constexpr bool kProfile = {_bool(tuning.profile)};",
         f"constexpr u32 kAlarmGridBarrier = {ALARM_GRID_BARRIER}, kAlarmRing = {ALARM_RING};",
     ])  # fmt: skip
 
@@ -211,7 +213,8 @@ constexpr bool kQkNorm = {_bool(config.qk_norm)};
 {table}
 __device__ constexpr int window([[maybe_unused]] int layer) {{ {window} }}
 }}
-constexpr int kMaxTeams = {_max_teams(config)}, kPhases = {PHASES_PER_LAYER * config.n_layers + 1};"""
+constexpr int kMaxTeams = {_max_teams(config)};
+constexpr int kPhases = {PHASES_PER_LAYER * config.n_layers + 1};"""
 
 
 def _tensor_constants(
