@@ -26,6 +26,17 @@ def cache_bytes(config: ModelConfig, positions: int) -> int:
     return cache_blocks(positions) * BLOCK_POSITIONS * position_bytes(config)
 
 
+def fixed_bytes(program: Program) -> int:
+    """Bytes that do not depend on the context: weights and workspace."""
+    return program.weights.nbytes + program.workspace["total"]
+
+
+def positions_that_fit(config: ModelConfig, fixed: int, free_bytes: int) -> int:
+    """Positions for which memory is left beside ``fixed`` bytes; 0 when not even those fit."""
+    blocks = (free_bytes - MARGIN_BYTES - fixed) // (BLOCK_POSITIONS * position_bytes(config))
+    return max(0, (blocks - 1) * BLOCK_POSITIONS)
+
+
 def gpu_context(config: ModelConfig, program: Program, free_bytes: int, asked: int | None) -> int:
     """Positions for a GPU: ``asked``, or the model's own within the memory that is free.
 
@@ -36,9 +47,8 @@ def gpu_context(config: ModelConfig, program: Program, free_bytes: int, asked: i
             f"max_context is {asked}, but the model's own is {config.max_context} positions; "
             f"ask for at most {config.max_context}"
         )
-    fixed = program.weights.nbytes + program.workspace["total"]
-    blocks = (free_bytes - MARGIN_BYTES - fixed) // (BLOCK_POSITIONS * position_bytes(config))
-    room = max(0, (blocks - 1) * BLOCK_POSITIONS)
+    fixed = fixed_bytes(program)
+    room = positions_that_fit(config, fixed, free_bytes)
     wanted = asked or config.max_context
     if wanted <= room:
         return wanted
