@@ -124,6 +124,7 @@ __device__ void load_normed(const NormWeight<Map>& weight, int n_columns, int pa
   using W = Walk<Map, m>;
   constexpr int kEnd8 = model::kDim / 8, kRounds = NormWeight<Map>::kRounds, kBatch = smaller(kRounds, 4);
   constexpr bool kKeep = W::kPanels == 1 && kRounds == kBatch;
+  static_assert(kKeep || !NormWeight<Map>::kHeld, "a held weight is applied to the vectors that were kept");
   const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
   sync_consumers();  // nobody reads the previous activations any more
 #pragma unroll 1

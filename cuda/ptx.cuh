@@ -162,13 +162,21 @@ __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
   return v;
 }
-#if __CUDA_ARCH__ >= 890
+__device__ __forceinline__ u32 mul_f16x2(u32 a, u32 b) {
+  u32 v;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+  return v;
+}
 __device__ __forceinline__ u32 cvt_rn_f16x2_e4m3x2(u32 pair) {
+#if __CUDA_ARCH__ >= 890
   u32 v;
   asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.rn.f16x2.e4m3x2 %0, h; }" : "=r"(v) : "r"(pair));
   return v;
-}
+#else  // exponent and mantissa in place make a half 2^8 too small, subnormals included; NaN is not kept
+  const u32 low = (pair & 0x80) << 8 | (pair & 0x7f) << 7, high = (pair & 0x8000) << 16 | (pair & 0x7f00) << 15;
+  return mul_f16x2(low | high, 0x5c005c00);
 #endif
+}
 __device__ __forceinline__ float ex2_approx(float x) {
   float v;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));

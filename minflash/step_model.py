@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from .codegen import ALARM_GRID_BARRIER, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
-from .gpu_memory import cache_blocks, cache_bytes, gpu_context
+from .gpu_memory import cache_block_bytes, cache_blocks, cache_bytes, gpu_context
 from .packing import Layout
 from .sampling import Sampling
 from .tuning import MANY_COLUMNS, Tuning, choose
@@ -68,6 +68,7 @@ class StepModel:
         config = self.config
         if kv_type is None:
             kv_type = "bf16" if checkpoint.matrices["layers.0.wqkv"].type == "bf16" else "fp16"
+        self.kv_type = kv_type
         tuning = tuning or choose(config, device.facts)
         self.program = generate(config, checkpoint.matrices, tuning, kv_type=kv_type)
         self.max_context = gpu_context(config, self.program, device.free_bytes(), max_context)
@@ -155,7 +156,8 @@ class StepModel:
             time.sleep(0 if waited < _SPIN_SECONDS else _SLEEP_SECONDS)
             if waited > stalled:
                 self.device.synchronize()  # raises what went wrong, if anything did
-                stalled += _STALL_SECONDS
+                if int(mailbox[slot]) >> 32 != ticket and not alarm[0]:
+                    raise DeviceError(f"step {ticket} ended without a token; load the model again")
         return int(mailbox[slot]) & 0xFFFFFFFF
 
     def wait(self) -> None:
@@ -176,6 +178,33 @@ class StepModel:
             into = np.empty((n_columns, self.config.vocab_size), np.float32)
         self.device.download(self._workspace + self.program.workspace["logits"], into)
         return into
+
+    def read_cache(self, blocks: int) -> NDArray[np.uint8]:
+        """The first blocks of keys and values as they lie there; waits.
+
+        Returns uint8 [n_layers, n_kv_heads, blocks, block_bytes].
+        """
+        self.wait()
+        config = self.config
+        shape = config.n_layers, config.n_kv_heads, blocks, cache_block_bytes(config)
+        cache = np.empty(shape, np.uint8)
+        for (layer, head), address in self._cache_rows():
+            self.device.download(address, cache[layer, head])
+        return cache
+
+    def write_cache(self, cache: NDArray[np.uint8]) -> None:
+        """The inverse of ``read_cache``; waits."""
+        for (layer, head), address in self._cache_rows():
+            self.device.upload(address, cache[layer, head])
+        self.wait()
+
+    def _cache_rows(self) -> Iterator[tuple[tuple[int, int], int]]:
+        """(layer, KV head) and the address of its first block."""
+        config, args = self.config, self._args
+        begin, layer_bytes = int(args["kv_cache"]), int(args["kv_layer_bytes"])
+        head_bytes = int(args["max_blocks"]) * cache_block_bytes(config)
+        for layer, head in np.ndindex(config.n_layers, config.n_kv_heads):
+            yield (layer, head), begin + layer * layer_bytes + head * head_bytes
 
     def close(self) -> None:
         """Gives back all memory of the device; the model cannot be used any more."""

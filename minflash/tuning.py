@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 
 from .config import ModelConfig
 from .errors import DeviceError
@@ -90,12 +91,14 @@ def chunk_tiles(layout: Layout, tuning: Tuning) -> int:
 def shared_map(
     config: ModelConfig, layouts: Mapping[str, Layout], tuning: Tuning, columns: int
 ) -> SharedMap:
-    """The largest ring that leaves room for the rest, then the widest panel and window that fit.
+    """The largest ring that leaves a fair room, then the widest panel and window that fit.
 
-    Raises DeviceError when the model does not fit even with the smallest ring.
+    A fair room for activations is a third of shared memory, or what all columns need; where not
+    even the smallest ring leaves that, less. Raises DeviceError when nothing fits.
     """
-    for stages in range(tuning.stages // tuning.warps * tuning.warps, 0, -tuning.warps):
-        found = _with_stages(config, layouts, tuning, columns, stages)
+    rings = range(tuning.stages // tuning.warps * tuning.warps, 0, -tuning.warps)
+    for share, stages in product((3, 6, 12), rings):
+        found = _with_stages(config, layouts, tuning, columns, stages, tuning.shared_bytes // share)
         if found is not None:
             return found
     raise DeviceError(
@@ -105,7 +108,12 @@ def shared_map(
 
 
 def _with_stages(
-    config: ModelConfig, layouts: Mapping[str, Layout], tuning: Tuning, columns: int, stages: int
+    config: ModelConfig,
+    layouts: Mapping[str, Layout],
+    tuning: Tuning,
+    columns: int,
+    stages: int,
+    fair_bytes: int,
 ) -> SharedMap | None:
     stage_data = _round_up(stages * _RING_BYTES_PER_STAGE, 128)
     scratch = stage_data + stages * tuning.stage_bytes
@@ -116,7 +124,7 @@ def _with_stages(
     window_bytes = tuning.warps * 16 * columns * 4
     widest = _round_up(max(layout.cols for layout in layouts.values()), _PANEL_STEP)
     panel = min(widest, _widest_panel(room - _LEAST_WINDOW * window_bytes, columns))
-    if panel < (widest if columns == 1 else min(widest, _fair_panel(tuning, columns))):
+    if panel < min(widest, _least_panel(config, columns, fair_bytes)):
         return None
     stride = _column_stride(panel)
     sums = columns * stride
@@ -130,9 +138,11 @@ def _with_stages(
     )  # fmt: skip
 
 
-def _fair_panel(tuning: Tuning, columns: int) -> int:
-    """Columns of activations that take about a third of shared memory."""
-    return tuning.shared_bytes // 3 // (2 * columns) // _PANEL_STEP * _PANEL_STEP
+def _least_panel(config: ModelConfig, columns: int, fair_bytes: int) -> int:
+    """Columns of activations that take ``fair_bytes``; one column is normed as a whole."""
+    fair = fair_bytes // (2 * columns) // _PANEL_STEP * _PANEL_STEP
+    whole = _round_up(config.dim, _PANEL_STEP) if columns == 1 else _PANEL_STEP
+    return max(fair, whole)
 
 
 def _column_stride(panel_cols: int) -> int:

@@ -57,4 +57,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _count_gpu(reporter: pytest.TerminalReporter, outcome: str) -> int:
-    return sum("gpu" in report.keywords for report in reporter.stats.get(outcome, []))
+    return sum(
+        "gpu" in getattr(report, "keywords", ()) for report in reporter.stats.get(outcome, [])
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -104,6 +105,9 @@ def test_sampling_of_a_large_vocabulary(machine: Machine, name: str) -> None:
         assert_sampled(step.token(ticket), step.read_logits(1)[0], sampling, seed + 1)
 
 
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
+)
 def test_memory_is_given_back(machine: Machine) -> None:
     model = middle_model("bf16", 0)
     machine.open(model, ALL).close()  # CUDA's own allocations
@@ -114,7 +118,7 @@ def test_memory_is_given_back(machine: Machine) -> None:
         step.close()
         free = step.device.free_bytes()
         assert free - used > 10**7
-        assert before is None or abs(free - before) < 1 << 21
+        assert before is None or abs(free - before) <= 1 << 21
         before = free
 
 

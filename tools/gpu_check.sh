@@ -29,7 +29,9 @@ run() { # run NAME SECONDS COMMAND...: a log, a time limit, a row of the table
 tests() { # compiling is most of the work: several processes share the GPU
     local parallel=()
     python3 -c "import xdist" 2>/dev/null && parallel=(-n 8)
-    run tests 500 python3 -m pytest -q -m gpu -p no:cacheprovider "${parallel[@]}" tests
+    run tests 400 python3 -m pytest -q -m gpu -p no:cacheprovider "${parallel[@]}" tests
+    [ ${#parallel[@]} -eq 0 ] || run measuring 120 python3 -m pytest -q -m gpu -p no:cacheprovider \
+        tests/test_gpu_engine.py tests/test_bench.py tests/test_kernel_gpu.py -k "memory or uploaded or first_token or compilation or bench"
 }
 
 sanitizer() { # --tool racecheck sees shared memory only; blocks are compared by the tests

@@ -299,6 +299,9 @@ inline u32 prmt(u32 a, u32 b, u32 selector) {
   return r;
 }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) { return prmt(a, b, selector & 0x7777); }
+inline u32 mul_f16x2(u32 a, u32 b) {
+  return cvt_rn_f16x2(cvt_f32_f16(a & 0xffff) * cvt_f32_f16(b & 0xffff), cvt_f32_f16(a >> 16) * cvt_f32_f16(b >> 16));
+}
 inline u32 cvt_rn_f16x2_e4m3x2(u32 pair) {
   return emulated::f16_of_e4m3(pair & 0xff) | emulated::f16_of_e4m3(pair >> 8 & 0xff) << 16;
 }

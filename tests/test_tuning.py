@@ -1,0 +1,120 @@
+"""The rules of tuning give configurations that work on every card, for every shape."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from itertools import pairwise
+
+import pytest
+
+from minflash.codegen import KERNELS, generate
+from minflash.config import ModelConfig
+from minflash.errors import DeviceError
+from minflash.packing import Layout
+from minflash.shapes import shape_config, shape_layouts
+from minflash.tuning import DeviceFacts, Tuning, choose, chunk_tiles
+
+SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b")
+MULTIPROCESSORS = (82, 108, 114, 128, 132, 148, 170)
+SHARED_BYTES = (101376, 166912, 232448)  # 99, 163 and 227 KiB of a block
+QUANTS = ("bf16", "fp16", "fp8", "int8", "int4")
+CARDS = [
+    DeviceFacts(80, 108, 166912), DeviceFacts(86, 82, 101376), DeviceFacts(89, 128, 101376),
+    DeviceFacts(90, 132, 232448), DeviceFacts(90, 114, 232448), DeviceFacts(100, 148, 232448),
+    DeviceFacts(120, 170, 101376),
+]  # fmt: skip
+
+
+def shape(name: str, quant: str) -> tuple[ModelConfig, dict[str, Layout]]:
+    config = shape_config(name)
+    return config, shape_layouts(config, quant, None)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_card_gets_a_configuration_that_works(name: str, quant: str) -> None:
+    config, layouts = shape(name, quant)
+    facts = [*CARDS, *(DeviceFacts(90, m, s) for m in MULTIPROCESSORS for s in SHARED_BYTES)]
+    for device in facts:
+        tuning = choose(config, device)
+        check_tuning(tuning, device, config)
+        check_shared_memory(config, layouts, tuning)
+
+
+def check_tuning(tuning: Tuning, device: DeviceFacts, config: ModelConfig) -> None:
+    assert tuning.bulk_copy == (device.compute_capability >= 90)
+    assert tuning.grid == device.multiprocessors
+    assert tuning.shared_bytes == device.shared_bytes
+    assert 32 * (tuning.warps + 1) <= 1024
+    # A stage holds whole blocks of 16 positions of K and V, at a multiple of 128 bytes.
+    assert tuning.stage_bytes % (64 * config.head_dim) == 0
+    assert tuning.stage_bytes % 128 == 0
+    # More bytes in flight than one stage, or copies could not overlap.
+    assert tuning.stage_bytes < tuning.in_flight_bytes
+
+
+def check_shared_memory(config: ModelConfig, layouts: dict[str, Layout], tuning: Tuning) -> None:
+    program = generate(config, layouts, tuning)
+    for name in KERNELS:
+        m = program.maps[name]
+        assert m.stages % tuning.warps == 0 < m.stages  # a warp owns fixed stages
+        assert m.total_bytes <= tuning.shared_bytes
+        assert m.stage_data % 128 == 0 and m.scratch % 128 == 0  # bulk copies need 16
+        assert m.stages * (8 + 8) <= m.stage_data  # the mbarriers lie before
+        assert m.stage_data + m.stages * tuning.stage_bytes <= m.scratch
+        # Within scratch: activations, their sums, partial sums, what reductions need.
+        assert m.columns * m.column_stride <= m.sums <= m.partials < m.reduce
+        assert m.sums % 16 == m.partials % 16 == m.reduce % 16 == m.column_stride % 16 == 0
+        assert m.sums + 4 * m.columns * (m.panel_cols // 32) <= m.partials
+        assert m.partials + tuning.warps * 16 * m.columns * 4 * m.window <= m.reduce
+        assert m.scratch + m.reduce < m.total_bytes
+        assert m.panel_cols >= 128 and m.panel_cols % 128 == 0 and m.window >= 1
+        assert 2 * m.panel_cols <= m.column_stride
+        assert tuning.warps % m.slots == 0
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_chunks_fill_stages_without_overflow(name: str, quant: str) -> None:
+    config, layouts = shape(name, quant)
+    for device in CARDS:
+        tuning = choose(config, device)
+        for layout in set(layouts.values()):
+            tiles = chunk_tiles(layout, tuning)
+            assert 1 <= tiles <= layout.tiles
+            assert tiles * layout.tile_bytes <= tuning.stage_bytes
+            assert layout.tile_bytes % 16 == 0  # of a bulk copy
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_tensors_and_workspace_do_not_overlap(name: str) -> None:
+    config, layouts = shape(name, "int4")
+    program = generate(config, layouts, choose(config, CARDS[3]))
+    offsets = sorted(program.weights.offsets.values())
+    assert all(offset % 256 == 0 for offset in offsets)
+    for tensor, layout in layouts.items():
+        begin = program.weights.offsets[tensor]
+        end = begin + layout.row_blocks * layout.row_block_bytes
+        assert end <= min((o for o in offsets if o > begin), default=program.weights.nbytes)
+    # All layers alike: a layer's tensors lie layer_bytes after those of the layer before.
+    for kind in ("attn_norm", "wqkv", "w_down"):
+        places = [program.weights.offsets[f"layers.{i}.{kind}"] for i in range(config.n_layers)]
+        assert {b - a for a, b in pairwise(places)} == {program.weights.layer_bytes}
+    work = list(program.workspace.values())
+    assert work == sorted(work)  # a part that nothing uses is empty
+    assert all(offset % 256 == 0 for offset in work)
+
+
+def test_overrides_replace_single_fields() -> None:
+    config, _ = shape("llama-3.2-1b", "bf16")
+    plain = choose(config, CARDS[3])
+    changed = choose(config, CARDS[3], warps=4)
+    assert changed.warps == 4
+    different = [a != b for a, b in zip(astuple(plain), astuple(changed), strict=True)]
+    assert sum(different) == 1
+
+
+def test_too_little_shared_memory_is_an_error_with_numbers() -> None:
+    config, layouts = shape("llama-3.1-70b", "bf16")
+    with pytest.raises(DeviceError, match="49152 bytes of shared memory"):
+        generate(config, layouts, choose(config, DeviceFacts(75, 40, 49152)))
