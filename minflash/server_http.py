@@ -1,0 +1,127 @@
+"""HTTP around the model: bodies with a limit, keys, errors as JSON, streams that notice the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .server_answers import to_json
+from .server_protocol import ApiError, Body
+
+Result = TypeVar("Result")
+
+
+class JsonResponse(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+def error_response(error: ApiError) -> Response:
+    return JsonResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+def check_key(request: Request, key: str | None) -> None:
+    """Raises ApiError unless the request brings the key; no key means that none is asked for."""
+    if key is None:
+        return
+    given = request.headers.get("authorization", "").encode("latin-1")
+    # compare_digest takes the same time wherever the difference lies.
+    if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+        raise ApiError(
+            401,
+            "a valid API key is needed: send the header Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+async def read_json(request: Request, limit: int) -> Body:
+    """The body as a JSON object. Raises ApiError: 413 above ``limit`` bytes, 415, 400."""
+    # A page of another site can send other types here without asking; JSON makes a browser ask.
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
+    data = await _read(request, limit)
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return body
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    length = request.headers.get("content-length", "0")
+    data = bytearray()
+    if int(length) <= limit:  # the HTTP parser let digits pass only
+        async for piece in request.stream():
+            data += piece
+            if len(data) > limit:
+                break
+        else:
+            return bytes(data)
+    raise ApiError(
+        413,
+        f"the request has more than {limit} bytes; shorten it, or start the server with a larger "
+        "--max-request-bytes",
+        code="request_too_large",
+        headers={"Connection": "close"},  # what is left of the body is not read
+    )
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of ``work``, which is cancelled when the client leaves (ClientDisconnect)."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events; ``ended`` is called at the end, also when the client leaves early."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], ended: Callable[[], None]) -> None:
+        super().__init__(
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+        del self.headers["content-length"]
+        self._events, self._ended = events, ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with contextlib.suppress(ClientDisconnect, OSError):
+                await unless_gone(receive, self._send(send))
+        finally:
+            self._ended()
+            await self._events.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
+        )
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
