@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -32,6 +33,8 @@ EPILOG = """examples:
   minflash convert HuggingFaceTB/SmolLM2-360M-Instruct -o smollm2 --quant int4
   minflash list
   minflash bench --shape llama-3.1-8b --quant int4
+  minflash plan model.gguf --quant int4 --gpu rtx-4090
+  minflash doctor
 
 environment:
   MINFLASH_MODEL      the model that run takes without -m
@@ -48,6 +51,12 @@ RUN_EPILOG = """examples:
 The model's chat template is applied when it has one; --raw completes the prompt as it is.
 Without sampling options the model's generation_config.json decides, else the most likely token.
 """
+_ADDED_COMMANDS = {  # in NAME_cli.py each
+    "plan": "tell memory, context and speed of a model before it is loaded",
+    "doctor": "check this machine and say what to do",
+    "verify": "compare the GPU with the reference on a model",
+    "eval": "measure the perplexity of a text",
+}
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -98,6 +107,8 @@ def _parser() -> _Parser:
     run.set_defaults(function=_run)
     _add_convert(commands.add_parser("convert", help="convert a model to minflash's format"))
     _add_bench(commands.add_parser("bench", help="measure the kernel's speed on the GPU"))
+    for name, purpose in _ADDED_COMMANDS.items():
+        _add_command(commands.add_parser(name, help=purpose, description=purpose), name)
     listing = commands.add_parser("list", help="list the models in the cache")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(function=_list)
@@ -107,7 +118,7 @@ def _parser() -> _Parser:
 
 
 def _no_command(args: argparse.Namespace) -> int:
-    raise ArgumentError("a command is needed: run, convert, bench or list (see minflash --help)")
+    raise ArgumentError("a command is needed, such as run or doctor (see minflash --help)")
 
 
 _Raw = argparse.RawDescriptionHelpFormatter
@@ -135,6 +146,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
     bench_cli.add_arguments(parser)
     parser.set_defaults(function=bench_cli.run)
+
+
+def _add_command(parser: argparse.ArgumentParser, name: str) -> None:
+    module = importlib.import_module(f".{name}_cli", __package__)
+    module.add_arguments(parser)
+    parser.set_defaults(function=module.run)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
