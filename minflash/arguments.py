@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypedDict
 from .errors import ArgumentError
 from .packing import GROUP_SIZES, TYPES
 from .sampling import Sampling
+from .structured import Grammar, parse_grammar
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -31,9 +32,22 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | None  # the text ends before the first of these
     stop_token_ids: Sequence[int] | None  # end at these tokens too
     ignore_eos: bool | None  # go on after the model's end of text
+    min_tokens: int | None  # before so many tokens no token ends the text; 0: off
+    repetition_penalty: float | None  # above 1: fewer repetitions of prompt and answer; 1: off
+    presence_penalty: float | None  # above 0: fewer repetitions of the answer; 0: off
+    frequency_penalty: float | None  # the same by how often a token came; 0: off
+    logit_bias: Mapping[int, float] | None  # token id -> what is added to its logit
+    logprobs: int | None  # Chunk.logprob, and so many of the likeliest in top_logprobs; 0 to 100
+    response_format: Mapping[str, Any] | None  # {"type": "json_schema", ...} or "json_object"
+    regex: str | None  # the whole text matches it
+    grammar: str | None  # the whole text follows this Lark grammar
 
 
-_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "seed")
+MAX_LOGPROBS = 100
+_SAMPLING_NAMES = (
+    *("temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", "logit_bias"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 # Words of other libraries, for "did you mean".
 _OTHER_WORDS = {
@@ -53,15 +67,13 @@ _OTHER_WORDS = {
     "stop_sequences": "stop",
     "eos_token_id": "stop_token_ids",
     "repeat_penalty": "repetition_penalty",
+    "top_logprobs": "logprobs",
+    "json_schema": "response_format",
+    "guided_json": "response_format",
+    "guided_regex": "regex",
+    "guided_grammar": "grammar",
     "quantization": "quantize (an argument of load)",
 }
-
-_NOT_YET = frozenset(
-    (
-        *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
-        *("logprobs", "min_tokens", "response_format", "regex", "grammar"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,8 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 def parse(options: Mapping[str, Any], defaults: Sampling | None = None) -> Request:
@@ -92,6 +106,8 @@ def parse(options: Mapping[str, Any], defaults: Sampling | None = None) -> Reque
         stop=_stop_strings(given.get("stop", ())),
         stop_token_ids=frozenset(token_ids("stop_token_ids", given.get("stop_token_ids", ()))),
         ignore_eos=bool(given.get("ignore_eos", False)),
+        logprobs=_logprobs(given.get("logprobs")),
+        grammar=_grammar(given),
     )
 
 
@@ -118,10 +134,39 @@ def is_messages(prompt: Any) -> bool:
     )
 
 
+def as_messages(messages: str | Sequence[Message]) -> Sequence[Message]:
+    """A conversation; a string is the user's one message."""
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
 def _sampling(given: Mapping[str, Any], defaults: Sampling) -> Sampling:
     chosen = {name: getattr(defaults, name) for name in _SAMPLING_NAMES}
     chosen.update((name, given[name]) for name in _SAMPLING_NAMES if name in given)
     return Sampling(**chosen)
+
+
+def _logprobs(value: Any) -> int | None:
+    try:
+        number = -1 if isinstance(value, bool) else 0 if value is None else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MAX_LOGPROBS:
+        raise ArgumentError(
+            f"logprobs must be a whole number from 0 to {MAX_LOGPROBS}, found {value!r}; leave it "
+            "out for none"
+        )
+    return None if value is None else number
+
+
+def _grammar(given: Mapping[str, Any]) -> Grammar | None:
+    names = [name for name in ("response_format", "regex", "grammar") if name in given]
+    if not names:
+        return None
+    grammar = parse_grammar(*(given.get(n) for n in ("response_format", "regex", "grammar")))
+    for other in ("ignore_eos", "min_tokens"):
+        if grammar is not None and given.get(other):
+            raise ArgumentError(f"{other} and {names[0]} exclude each other; leave one out")
+    return grammar
 
 
 def _max_tokens(value: Any) -> int:
@@ -153,19 +198,15 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
 
 
 def _unknown(name: str) -> str:
-    if name in _NOT_YET:
-        return f"{name} is not supported in this version; leave it out"
     if name == "max_context":
         return "max_context is an argument of load, not of a generation"
-    known = sorted({*Options.__annotations__, *_NOT_YET})
+    known = sorted(Options.__annotations__)
     close = difflib.get_close_matches(name, known, n=1)
     meant = _OTHER_WORDS.get(name) or (close[0] if close else None)
     message = f"unknown argument {name!r}"
-    if meant in _NOT_YET:
-        return f"{message}; it is called {meant} here and is not supported in this version"
     if meant:
         return f"{message}; did you mean {meant}?"
-    return f"{message}; known are {', '.join(sorted(Options.__annotations__))}"
+    return f"{message}; known are {', '.join(known)}"
 
 
 def unknown_load_argument(name: str, known: Sequence[str]) -> str:

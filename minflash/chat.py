@@ -36,6 +36,7 @@ def render(
     template itself is damaged, or needs jinja2 and it is not installed.
     """
     check_messages(messages)
+    check_tools(template, tools)
     try:
         compiled = _compiled(template)
     except ImportError:
@@ -45,7 +46,7 @@ def render(
     try:
         return compiled.render(  # type: ignore[no-any-return]
             messages=messages,
-            tools=tools,
+            tools=tools or None,
             bos_token=bos_token,
             eos_token=eos_token,
             add_generation_prompt=add_generation_prompt,
@@ -75,6 +76,22 @@ def check_messages(messages: Sequence[Message]) -> None:
                 f"message {number} must be a mapping with a 'role' and a 'content'; "
                 f"found {message!r:.60}"
             )
+
+
+def check_tools(template: str, tools: Sequence[Any] | None) -> None:
+    """Raises ArgumentError when there are tools and the template does not name them."""
+    if not tools:
+        return
+    if isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ArgumentError(
+            'tools must be a list of definitions like {"type": "function", "function": {...}}; '
+            f"found {tools!r:.60}"
+        )
+    if not re.search(r"\btools\b", template):
+        raise ArgumentError(
+            "this model's chat template knows no tools, so that they would be ignored; describe "
+            "them in the system message, or take a model that was trained with tools"
+        )
 
 
 @lru_cache(maxsize=8)

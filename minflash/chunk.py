@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
+NO_TOKEN = -1
+
+
 @dataclass(frozen=True)
 class Stats:
     """What one generation took. Rates are in tokens per second."""
@@ -29,9 +32,10 @@ class Chunk:
     """One token of a stream, and the text that it made certain (often none, or several tokens')."""
 
     text: str
-    token: int
-    logprob: float | None = None
-    finish_reason: str | None = None  # of the last chunk: "stop" or "length"
+    token: int  # NO_TOKEN in the last chunk of a generation that was cancelled before its next one
+    logprob: float | None = None  # log-probability of the token, with logprobs=n
+    top_logprobs: tuple[tuple[int, float], ...] | None = None  # n tokens, the likeliest first
+    finish_reason: str | None = None  # of the last chunk: "stop", "length" or "cancelled"
     stats: Stats | None = None  # of the last chunk
 
 

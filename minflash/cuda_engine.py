@@ -1,20 +1,25 @@
 """The step kernel as an engine: prompts in chunks, then steps launched ahead of the reader.
 
 A generated token stays on the device and feeds the next launch; the host reads it from pinned
-memory while the following steps run already, so that the GPU never waits for Python.
+memory while the following steps run already, so that the GPU never waits for Python. With options
+that the kernel's tail does not do (penalties, masks, log-probabilities) the host chooses from the
+logits, and each step waits for it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .cache_state import CacheLayout, CacheState
 from .codegen import generate
 from .errors import DeviceError, MinflashError
+from .gpu_memory import BLOCK_POSITIONS, cache_block_bytes
+from .kept import KeptTokens
 from .step_model import CHAINED, GREEDY, NO_TOKEN, StepModel
 from .tuning import MANY_COLUMNS, DeviceFacts, Tuning, choose
 from .upload import Upload
@@ -22,10 +27,12 @@ from .upload import Upload
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .device import Device
+    from .engine import Cancelled, Choose
     from .sampling import Sampling
 
 LARGEST_CARD = DeviceFacts(compute_capability=90, multiprocessors=132, shared_bytes=232448)
 AHEAD = 4  # steps launched before the token of the one before them is read
+QUEUED_CHUNKS = 8  # steps of a prompt that are launched before the host looks up
 
 
 def model_problem(checkpoint: Checkpoint) -> str | None:
@@ -77,12 +84,38 @@ class CudaEngine:
         self._model: StepModel | None = model
         self.config, self.max_context = model.config, model.max_context
         self.peak_memory_bytes = model.nbytes
+        self.forwarded = 0
+        self._kept = KeptTokens(model.config)
+        self._columns = 0  # of the step that was launched last
 
     def tokens(
-        self, prompt: Sequence[int], sampling: Sampling, count: int
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        count: int,
+        *,
+        choose: Choose | None = None,
+        cancelled: Cancelled | None = None,
     ) -> Generator[int, None, None]:
+        cancelled = cancelled or (lambda: False)
+        try:
+            if choose is not None:
+                yield from self._chosen(prompt, choose, count, cancelled)
+            else:
+                yield from self._launched_ahead(prompt, sampling, count, cancelled)
+        except Exception:
+            self._kept.cut(0)  # nobody knows what a step that failed has written
+            raise
+
+    def _launched_ahead(
+        self, prompt: Sequence[int], sampling: Sampling, count: int, cancelled: Cancelled
+    ) -> Iterator[int]:
+        """The kernel chooses, and its token feeds the next step without the host."""
         model = self._open_model()
-        tickets = deque([self._read_prompt(model, prompt, sampling)])
+        ticket = self._read_prompt(prompt, sampling, cancelled)
+        if ticket is None:
+            return
+        tickets = deque([ticket])
         launch, end = len(prompt), len(prompt) + count - 1  # the last token is never read
         for position in range(len(prompt), len(prompt) + count):
             while launch < end and len(tickets) <= AHEAD:
@@ -96,16 +129,60 @@ class CudaEngine:
                     f"the model gave no finite logit (position {position}): its weights are "
                     "damaged or overflow; check the checkpoint, or convert it again"
                 )
+            if position < launch:
+                self._note([token], position + 1)
             yield token
+            if cancelled():
+                return
+
+    def _chosen(
+        self, prompt: Sequence[int], choose: Choose, count: int, cancelled: Cancelled
+    ) -> Iterator[int]:
+        """The host chooses: each step waits for it."""
+        model = self._open_model()
+        if self._read_prompt(prompt, None, cancelled) is None:
+            return
+        end = len(prompt) + count
+        for position in range(len(prompt), end):
+            token = choose(model.read_logits(self._columns)[-1], position)
+            yield token
+            if position + 1 == end or cancelled():
+                return  # the last token is never read
+            self._step([token], position, logits=True)
+
+    def logit_parts(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        for begin in range(0, len(tokens), MANY_COLUMNS):
+            part = tokens[begin : begin + MANY_COLUMNS]
+            self._step(part, begin, length=len(tokens), logits=True)
+            yield self._open_model().read_logits(len(part))
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        model = self._open_model()
         logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
         for begin in range(0, len(tokens), MANY_COLUMNS):
             part = tokens[begin : begin + MANY_COLUMNS]
-            model.step(part, begin, length=len(tokens), logits=True)
-            model.read_logits(len(part), into=logits[begin : begin + len(part)])
+            self._step(part, begin, length=len(tokens), logits=True)
+            self._open_model().read_logits(len(part), into=logits[begin : begin + len(part)])
         return logits
+
+    def hidden(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        raise DeviceError(
+            "embed is not on the GPU yet, as the kernel keeps no hidden states; load with "
+            'device="cpu"'
+        )
+
+    def reset(self) -> None:
+        self._kept.cut(0)
+
+    def save_cache(self) -> CacheState:
+        kept, blocks = self._kept, -(-len(self._kept) // BLOCK_POSITIONS)
+        tensors = {"cache": self._open_model().read_cache(blocks)}
+        return CacheState(self.cache_layout, list(kept.ids), list(kept.rope_keys), tensors)
+
+    def load_cache(self, state: CacheState) -> None:
+        state.check(self.cache_layout, self.max_context)
+        self._kept.cut(0)
+        self._open_model().write_cache(state.tensors["cache"])
+        self._kept.replace(state.ids, state.rope_keys)
 
     def close(self) -> None:
         """Gives back all memory of the GPU. May be called twice."""
@@ -113,17 +190,51 @@ class CudaEngine:
             self._model.close()
             self._model = None
 
-    @staticmethod
-    def _read_prompt(model: StepModel, prompt: Sequence[int], sampling: Sampling) -> int:
-        """Launches the steps that read the prompt; returns the ticket of its next token."""
+    def _read_prompt(
+        self, prompt: Sequence[int], sampling: Sampling | None, cancelled: Cancelled
+    ) -> int | None:
+        """Launches the steps that read the prompt, from where the cache does not hold it.
+
+        Returns the ticket of its next token (without ``sampling``: its logits are kept), or None
+        when cancelled.
+        """
         ticket = 0
-        for begin in range(0, len(prompt), MANY_COLUMNS):
+        first = self._kept.shared(prompt)
+        for number, begin in enumerate(range(first, len(prompt), MANY_COLUMNS), start=1):
             part = prompt[begin : begin + MANY_COLUMNS]
             last = begin + len(part) == len(prompt)
-            ticket = model.step(
-                part, begin, length=len(prompt), head=last, sampling=sampling if last else GREEDY
+            ticket = self._step(
+                part,
+                begin,
+                length=len(prompt),
+                head=last,
+                logits=last and sampling is None,
+                sampling=(sampling if last else None) or GREEDY,
             )
+            if number % QUEUED_CHUNKS == 0 and not last:
+                self._open_model().wait()  # so that there is something to cancel
+            if cancelled():
+                return None
         return ticket
+
+    def _step(self, tokens: Sequence[int], position: int, **options: Any) -> int:
+        """Launches a step, and keeps the books of what the cache holds."""
+        self._kept.cut(position)
+        self._columns = len(tokens)
+        ticket = self._open_model().step(tokens, position, **options)
+        self._note(tokens, options.get("length") or position + len(tokens))
+        return ticket
+
+    def _note(self, tokens: Sequence[int], length: int) -> None:
+        self._kept.add(tokens, length)
+        self.forwarded += len(tokens)
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        config = self.config
+        shape = (config.n_layers, config.n_kv_heads, -1, cache_block_bytes(config))
+        name = f"cuda-blocks-{self._open_model().kv_type}-1"
+        return CacheLayout(name, {"cache": ("U8", shape)}, block=BLOCK_POSITIONS)
 
     def _open_model(self) -> StepModel:
         if self._model is None:

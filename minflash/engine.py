@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from .cache_state import CacheLayout, CacheState
 from .errors import ArgumentError, DeviceError
+from .kept import KeptTokens
 from .memory import cpu_context
 from .notice import say_once
 from .probe import cuda_problem
@@ -24,25 +26,66 @@ if TYPE_CHECKING:
     from .reference import Reference
     from .sampling import Sampling
 
+Choose: TypeAlias = "Callable[[NDArray[np.float32], int], int]"  # (logits, position) -> token
+Cancelled: TypeAlias = "Callable[[], bool]"
+
 DEVICES = ("cuda", "cpu")
 PREFILL_TOKENS = 256  # tokens of one forward: bounds the memory that a long prompt takes
 
 
 class Engine(Protocol):
-    """One model on one device. Not safe for use by several threads at once: LLM holds a lock."""
+    """One model on one device. Not safe for use by several threads at once: LLM holds a lock.
+
+    The cache of keys and values stays: a prompt begins where it first differs from what the cache
+    holds of the sequence before.
+    """
 
     config: ModelConfig
     max_context: int  # positions
     device: str
+    forwarded: int  # tokens that went through the model so far, for tests and figures
 
     def tokens(
-        self, prompt: Sequence[int], sampling: Sampling, count: int
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        count: int,
+        *,
+        choose: Choose | None = None,
+        cancelled: Cancelled | None = None,
     ) -> Generator[int, None, None]:
-        """Reads the prompt, then yields up to ``count`` chosen tokens. Closing it stops."""
+        """Reads the prompt, then yields up to ``count`` chosen tokens. Closing it stops.
+
+        choose: chooses in place of ``sampling``, from the logits that it is given on the host.
+        cancelled: asked between steps; ends the tokens early.
+        """
+        ...
+
+    def logit_parts(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Logits [n, vocab_size] after each of ``tokens``, which start a sequence, n at a time."""
         ...
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits [n_tokens, vocab_size] after each of ``tokens``, which start a sequence."""
+        """The same in one piece, [n_tokens, vocab_size]."""
+        ...
+
+    def hidden(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """What enters the output head at each of ``tokens``: [n_tokens, dim], normed."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets the sequence: the next prompt begins from nothing."""
+        ...
+
+    @property
+    def cache_layout(self) -> CacheLayout: ...
+
+    def save_cache(self) -> CacheState:
+        """The sequence in the cache, copied."""
+        ...
+
+    def load_cache(self, state: CacheState) -> None:
+        """Puts a sequence into the cache. Raises CheckpointError when it does not fit."""
         ...
 
     def close(self) -> None:
@@ -65,36 +108,89 @@ class CpuEngine:
 
         self.config = checkpoint.config
         self.max_context = cpu_context(checkpoint, max_context)
+        self.forwarded = 0
+        self._kept = KeptTokens(self.config)
         self._reference: Reference | None = Reference(checkpoint, max_context=self.max_context)
 
     def tokens(
-        self, prompt: Sequence[int], sampling: Sampling, count: int
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        count: int,
+        *,
+        choose: Choose | None = None,
+        cancelled: Cancelled | None = None,
     ) -> Generator[int, None, None]:
         from .sampling import sample
 
-        reference = self._open_reference()
-        for begin in range(0, len(prompt), PREFILL_TOKENS):
-            part = prompt[begin : begin + PREFILL_TOKENS]
-            logits = reference.forward(part, begin, length=len(prompt))
-        end = len(prompt) + count
+        logits, end = None, len(prompt) + count
+        for logits in self._parts(prompt, self._kept.shared(prompt)):  # noqa: B007 (the last counts)
+            if cancelled is not None and cancelled():
+                return
+        assert logits is not None
         for position in range(len(prompt), end):
-            token = sample(logits, sampling, position)
+            if choose is not None:
+                token = choose(logits, position)
+            else:
+                token = sample(logits, sampling, position)
             yield token
-            if position + 1 < end:  # the last token is never read
-                logits = reference.forward([token], position)
+            if position + 1 == end or (cancelled is not None and cancelled()):
+                return  # the last token is never read
+            logits = self._forward([token], position, position + 1)
+
+    def logit_parts(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        return self._parts(tokens, 0, all_logits=True)
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         import numpy as np
 
-        reference = self._open_reference()
-        parts = []
-        for begin in range(0, len(tokens), PREFILL_TOKENS):
-            part = tokens[begin : begin + PREFILL_TOKENS]
-            parts.append(reference.forward(part, begin, length=len(tokens), all_logits=True))
-        return np.concatenate(parts).astype(np.float32, copy=False)
+        return np.concatenate(list(self.logit_parts(tokens)))
+
+    def hidden(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        import numpy as np
+
+        return np.concatenate(list(self._parts(tokens, 0, hidden=True)))
+
+    def reset(self) -> None:
+        self._kept.cut(0)
+
+    def save_cache(self) -> CacheState:
+        keys, values = self._open_reference().cached(len(self._kept))
+        kept, tensors = self._kept, {"keys": keys, "values": values}
+        return CacheState(self.cache_layout, list(kept.ids), list(kept.rope_keys), tensors)
+
+    def load_cache(self, state: CacheState) -> None:
+        state.check(self.cache_layout, self.max_context)
+        self._kept.cut(0)
+        self._open_reference().restore(state.tensors["keys"], state.tensors["values"])
+        self._kept.replace(state.ids, state.rope_keys)
 
     def close(self) -> None:
         self._reference = None
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        config = self.config
+        shape = (config.n_layers, config.n_kv_heads, -1, config.head_dim)
+        return CacheLayout("cpu-float32-1", {"keys": ("F32", shape), "values": ("F32", shape)})
+
+    def _parts(
+        self, tokens: Sequence[int], begin: int, **options: bool
+    ) -> Iterator[NDArray[np.float32]]:
+        """What ``_forward`` returns for parts of ``tokens`` from ``begin`` on."""
+        for position in range(begin, len(tokens), PREFILL_TOKENS):
+            part = tokens[position : position + PREFILL_TOKENS]
+            yield self._forward(part, position, len(tokens), **options)
+
+    def _forward(
+        self, tokens: Sequence[int], position: int, length: int, **options: bool
+    ) -> NDArray[np.float32]:
+        reference = self._open_reference()
+        self._kept.cut(position)  # first: an interrupt leaves what is true
+        result = reference.forward(tokens, position, length=length, **options)
+        self._kept.add(tokens, length)
+        self.forwarded += len(tokens)
+        return result.astype("float32", copy=False)
 
     def _open_reference(self) -> Reference:
         if self._reference is None:

@@ -16,6 +16,11 @@ def position_bytes(config: ModelConfig) -> int:
     return 4 * config.n_layers * config.n_kv_heads * config.head_dim
 
 
+def cache_block_bytes(config: ModelConfig) -> int:
+    """Bytes of one block: K and V of 16 positions, one layer, one KV head, 16 bits a value."""
+    return 4 * BLOCK_POSITIONS * config.head_dim
+
+
 def cache_blocks(positions: int) -> int:
     """Blocks of a KV cache: one more than the positions fill, for steps that begin at the last."""
     return -(-positions // BLOCK_POSITIONS) + 1

@@ -1,31 +1,38 @@
 """LLM: a loaded model that generates text.
 
 One LLM serves one generation at a time. Called from several threads it takes them in turn; a stream
-holds its turn until it is exhausted or closed.
+holds its turn until it is exhausted or closed. The cache of keys and values stays between calls: a
+prompt begins where it first differs from the sequence before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import states
 from .arguments import (
-    DEFAULT_MAX_TOKENS,
     Message,
     Options,
     Prompt,
-    Request,
+    as_messages,
     is_messages,
     parse,
     token_ids,
 )
-from .chunk import Chunk, Clock, Stats
+from .async_llm import in_thread
+from .chunk import NO_TOKEN, Chunk, Clock, Stats
+from .context import room, too_long
 from .errors import ArgumentError, ContextError, MinflashError, TokenizerError
+from .generation import Job, run
 from .sampling import Sampling
-from .stopping import TextStream
+from .scoring import Score, check_pooling, pool, score
+from .structured import Grammar, GrammarConstraint, Grammars
+from .turns import Turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,8 +55,11 @@ class LLM:
         path: Path | None = None,
         defaults: Sampling | None = None,
         eos_token_ids: Iterable[int] = (),
+        fingerprint: str | None = None,
     ) -> None:
-        """``defaults``: sampling where a call gives none (greedy); ``path``: for messages."""
+        """``defaults``: sampling where a call gives none (greedy); ``path``: for messages;
+        ``fingerprint``: of the weights, for saved states.
+        """
         self.path = path
         self.last_stats: Stats | None = None  # of the generation that ended last
         self.defaults = defaults or Sampling()
@@ -58,8 +68,9 @@ class LLM:
             self.eos_token_ids |= frozenset(tokenizer.eos_token_ids)
         self._engine = engine
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
-        self._owner: int | None = None  # the thread whose turn it is
+        self._fingerprint = fingerprint
+        self._grammars: Grammars | None = None  # made when first needed
+        self._turns = Turns()
         self._closed = False
 
     @property
@@ -80,31 +91,29 @@ class LLM:
     def has_chat_template(self) -> bool:
         return self._tokenizer is not None and self._tokenizer.chat_template is not None
 
-    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> str:
+    def generate(
+        self, prompt: Prompt, *, tools: Sequence[Any] | None = None, **options: Unpack[Options]
+    ) -> str:
         """The text that follows ``prompt``; the keyword arguments are those of ``Options``.
 
         A string is completed as it is (special tokens written in it count as such); a list of
-        messages goes through the chat template; a list of token ids is taken as it is.
+        messages goes through the chat template, with ``tools`` (definitions of functions, as in
+        OpenAI's interface); a list of token ids is taken as it is.
 
         Raises ArgumentError, ContextError, TokenizerError.
         """
         self._need_tokenizer("generate returns text")
-        return "".join(chunk.text for chunk in self.stream(prompt, **options))
+        return "".join(chunk.text for chunk in self.stream(prompt, tools=tools, **options))
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
+    def stream(
+        self, prompt: Prompt, *, tools: Sequence[Any] | None = None, **options: Unpack[Options]
+    ) -> Generator[Chunk, None, None]:
         """Like ``generate``, as chunks while they are made: one for each token.
 
         Text comes as soon as it is certain: never half a character, never part of a stop string.
         Closing the generator stops the generation. Arguments are checked at the call.
         """
-        self._check_open()
-        request = parse(options, self.defaults)
-        if request.stop:
-            self._need_tokenizer("stop strings are text")
-        tokens = self._prompt_tokens(prompt)
-        # An answer starts a text; a completion goes on, so that its first word keeps its space.
-        before = () if is_messages(prompt) else tokens
-        return self._turn_of(tokens, before, request, self._room(len(tokens), request.max_tokens))
+        return self._start(prompt, tools, options, threading.Event())
 
     def chat(
         self,
@@ -114,10 +123,87 @@ class LLM:
         **options: Unpack[Options],
     ) -> str:
         """The model's answer to a conversation, or to one message of the user given as a string."""
-        tokens = self.apply_chat_template(messages, tools=tools)
-        request = parse(options, self.defaults)
-        room = self._room(len(tokens), request.max_tokens)
-        return "".join(chunk.text for chunk in self._turn_of(tokens, (), request, room))
+        return self.generate(as_messages(messages), tools=tools, **options)
+
+    async def agenerate(
+        self, prompt: Prompt, *, tools: Sequence[Any] | None = None, **options: Unpack[Options]
+    ) -> str:
+        """``generate`` for asyncio: the event loop goes on; cancelling the task cancels."""
+        self._need_tokenizer("agenerate returns text")
+        chunks = self.astream(prompt, tools=tools, **options)
+        return "".join([chunk.text async for chunk in chunks])
+
+    def astream(
+        self, prompt: Prompt, *, tools: Sequence[Any] | None = None, **options: Unpack[Options]
+    ) -> AsyncGenerator[Chunk, None]:
+        """``stream`` for asyncio. What is wrong with the arguments is raised at the first chunk."""
+        return in_thread(lambda cancelled: self._start(prompt, tools, options, cancelled))
+
+    async def achat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        **options: Unpack[Options],
+    ) -> str:
+        """``chat`` for asyncio."""
+        return await self.agenerate(as_messages(messages), tools=tools, **options)
+
+    def cancel(self) -> None:
+        """Ends the generation that runs now, if any, after at most two steps; returns at once.
+
+        Any thread may call it. The generation's last chunk has finish_reason "cancelled"; generate
+        and chat return the text so far.
+        """
+        self._turns.cancel()
+
+    def reset(self) -> None:
+        """Forgets the last sequence: the next prompt is read from its beginning.
+
+        Without it a prompt begins where it first differs from the last sequence, which can change
+        results within the rounding of float32.
+        """
+        with self._turn():
+            self._engine.reset()
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the model has read and said last (tokens, keys, values) as safetensors.
+
+        ``load_state`` brings it back in another process: a prompt that begins with the same tokens
+        then starts at once. Raises MinflashError when the file cannot be written.
+        """
+        with self._turn():
+            states.save(path, self._engine, self._known_fingerprint())
+
+    def load_state(self, path: str | os.PathLike[str]) -> int:
+        """Takes up a saved state; returns how many positions it has.
+
+        Raises CheckpointError when it is damaged, of another model or from another kind of device,
+        ContextError when it is longer than the context.
+        """
+        with self._turn():
+            return states.load(path, self._engine, self._known_fingerprint())
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """The log-probability of each token of a text (or of token ids), and the perplexity."""
+        tokens = self._fitting_tokens(text)
+        with self._turn():
+            return score(tokens, self._engine.logit_parts(tokens))
+
+    def embed(self, text: str | Sequence[str], *, pooling: str = "mean") -> NDArray[np.float32]:
+        """float32 [dim] of one text, [n, dim] of several, each of length 1.
+
+        From what enters the output head, over all tokens (``pooling="mean"``) or of the last one.
+        A model that was not trained for embeddings gives rough ones. Only on the CPU so far.
+        """
+        import numpy as np
+
+        check_pooling(pooling)
+        if not isinstance(text, str):
+            return np.stack([self.embed(one, pooling=pooling) for one in text])
+        tokens = self._fitting_tokens(text)
+        with self._turn():
+            return pool(self._engine.hidden(tokens), pooling)
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
         """Text -> token ids, as ``generate`` sees them.
@@ -145,8 +231,6 @@ class LLM:
 
         Raises TokenizerError when the model has no chat template.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
         tokenizer = self._need_tokenizer("a chat template makes text")
         if tokenizer.chat_template is None:
             raise TokenizerError(
@@ -154,23 +238,21 @@ class LLM:
                 "a plain string (minflash run --raw), or add chat_template.jinja to the model"
             )
         return tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt
+            as_messages(messages), tools=tools, add_generation_prompt=add_generation_prompt
         )
 
     def logits(self, tokens: str | Sequence[int]) -> NDArray[np.float32]:
         """Logits [n_tokens, vocab_size] after each of the tokens, which start a sequence."""
-        ids = self._prompt_tokens(tokens)
-        if len(ids) > self.max_context:
-            raise ContextError(_too_long(len(ids), self.max_context))
+        ids = self._fitting_tokens(tokens)
         with self._turn():
             return self._engine.logits(ids)
 
     def close(self) -> None:
         """Gives back the model's memory; waits for another thread's generation to end."""
-        if self._owner == threading.get_ident():  # a stream of this thread that was left unfinished
+        if self._turns.mine:  # a stream of this thread that was left unfinished
             self._close()
             return
-        with self._lock:
+        with self._turns.take():
             self._close()
 
     def __enter__(self) -> LLM:
@@ -205,11 +287,26 @@ class LLM:
             )
         return self._tokenizer
 
-    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
+    def _known_fingerprint(self) -> str:
+        if self._fingerprint is None:
+            raise MinflashError(
+                f"{self._name} was not loaded from files, so that no state can be matched with it"
+            )
+        return self._fingerprint
+
+    def _fitting_tokens(self, text: str | Sequence[int]) -> list[int]:
+        tokens = self._prompt_tokens(text, None)
+        if len(tokens) > self.max_context:
+            raise ContextError(too_long(len(tokens), self.max_context))
+        return tokens
+
+    def _prompt_tokens(self, prompt: Prompt, tools: Sequence[Any] | None) -> list[int]:
+        if tools and not is_messages(prompt):
+            raise ArgumentError("tools go with a list of messages, as the chat template names them")
         if isinstance(prompt, str):
             tokens = self.tokenize(prompt) if prompt else []
         elif is_messages(prompt):
-            tokens = self.apply_chat_template(prompt)  # type: ignore[arg-type]
+            tokens = self.apply_chat_template(prompt, tools=tools)  # type: ignore[arg-type]
         else:
             tokens = self._checked(prompt)
         if not tokens:
@@ -225,74 +322,64 @@ class LLM:
                 )
         return ids
 
-    def _room(self, prompt_tokens: int, asked: int | None) -> int:
-        """Tokens to make at most. Raises ContextError when the context does not hold them."""
-        room = self.max_context - prompt_tokens
-        if room < 1:
-            raise ContextError(_too_long(prompt_tokens, self.max_context))
-        if asked is not None and asked > room:
-            raise ContextError(
-                f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}, together "
-                f"{prompt_tokens + asked}, but the context holds {self.max_context}; ask for at "
-                f"most {room}, shorten the prompt, or load with a larger max_context"
-            )
-        return asked or min(DEFAULT_MAX_TOKENS, room)
+    def _start(
+        self,
+        prompt: Prompt,
+        tools: Sequence[Any] | None,
+        options: Mapping[str, Any],
+        cancelled: threading.Event,
+    ) -> Generator[Chunk, None, None]:
+        """Checks everything now; what it returns generates."""
+        self._check_open()
+        request = parse(options, self.defaults)
+        if request.stop:
+            self._need_tokenizer("stop strings are text")
+        tokens = self._prompt_tokens(prompt, tools)
+        self._checked([token for token, _ in request.sampling.logit_bias])
+        ends = request.stop_token_ids | (frozenset() if request.ignore_eos else self.eos_token_ids)
+        job = Job(
+            prompt=tokens,
+            count=room(len(tokens), request.max_tokens, self.max_context),
+            sampling=request.sampling,
+            ends=frozenset(token for token in ends if token < self.config.vocab_size),
+            stop=request.stop,
+            # An answer starts a text; a completion goes on, so that its first word keeps its space.
+            before=() if is_messages(prompt) else tokens,
+            constraint=self._constraint(request.grammar, request.stop_token_ids),
+            logprobs=request.logprobs,
+            cancelled=cancelled,
+        )
+        return self._run(job)
+
+    def _constraint(
+        self, grammar: Grammar | None, stop_token_ids: frozenset[int]
+    ) -> GrammarConstraint | None:
+        if grammar is None:
+            return None
+        tokenizer = self._need_tokenizer("a grammar is about text")
+        ends = stop_token_ids | self.eos_token_ids
+        if self._grammars is None or self._grammars.ends != ends:
+            self._grammars = Grammars(tokenizer.source, self.config.vocab_size, ends)
+        return self._grammars.constraint(grammar)
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        if self._owner == threading.get_ident():
-            raise MinflashError(
-                "a stream of this LLM is not finished in this thread; exhaust or close it first"
-            )
-        with self._lock:
+    def _turn(self, cancelled: threading.Event | None = None) -> Iterator[bool]:
+        """This thread's turn, of an open model; False when it was cancelled before."""
+        with self._turns.take(cancelled) as came:
             self._check_open()
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = None
+            yield came
 
-    def _turn_of(
-        self, prompt: list[int], before: Sequence[int], request: Request, count: int
-    ) -> Generator[Chunk, None, None]:
-        with self._turn():
-            clock = Clock(len(prompt))
-            tokens = self._engine.tokens(prompt, request.sampling.seeded(), count)
-            try:
-                yield from self._chunks(before, tokens, request, count, clock)
-            finally:
-                tokens.close()
-                self.last_stats = clock.stats(self._engine)
-
-    def _chunks(
-        self,
-        before: Sequence[int],
-        tokens: Iterator[int],
-        request: Request,
-        count: int,
-        clock: Clock,
-    ) -> Iterator[Chunk]:
-        decoder = self._tokenizer.stream(before) if self._tokenizer else None
-        text = TextStream(decoder, request.stop)
-        ends = request.stop_token_ids | (frozenset() if request.ignore_eos else self.eos_token_ids)
-        for token in tokens:
-            clock.tick()
-            piece = "" if token in ends else text.push(token)
-            reason = None
-            if token in ends or text.stopped:
-                reason = "stop"
-            elif clock.tokens == count:
-                reason = "length"
-            if reason is not None:
-                self.last_stats = stats = clock.stats(self._engine)
-                yield Chunk(piece + text.flush(), token, finish_reason=reason, stats=stats)
+    def _run(self, job: Job) -> Generator[Chunk, None, None]:
+        with self._turn(job.cancelled) as came:
+            if not came:
+                yield Chunk("", NO_TOKEN, finish_reason="cancelled")
                 return
-            yield Chunk(piece, token)
-            self._check_open()
-
-
-def _too_long(tokens: int, max_context: int) -> str:
-    return (
-        f"the prompt has {tokens} tokens, but the context holds {max_context} with room for the "
-        "answer; shorten it, or load with a larger max_context if the model allows"
-    )
+            clock = Clock(len(job.prompt))
+            try:
+                with contextlib.closing(run(self._engine, self._tokenizer, job, clock)) as chunks:
+                    for chunk in chunks:
+                        self.last_stats = chunk.stats or self.last_stats
+                        yield chunk
+                        self._check_open()
+            finally:
+                self.last_stats = clock.stats(self._engine)

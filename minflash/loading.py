@@ -14,6 +14,7 @@ from .llm import LLM
 from .notice import say_once
 from .packing import LAYOUT_VERSION
 from .sampling import Sampling
+from .states import fingerprint
 
 _GGUF_MAGIC = b"GGUF"
 _SOURCE_FILES = ("*.safetensors", "*.json", "*.jinja")  # what a conversion reads of a folder
@@ -62,7 +63,14 @@ def _open(folder: Path, device: str | None, max_context: int | None, progress: b
 
             tokenizer = Tokenizer.load(folder, checkpoint.config.vocab_size)
         engine = open_engine(checkpoint, device, max_context, progress=progress)
-    return LLM(engine, tokenizer, path=folder, defaults=defaults, eos_token_ids=eos_token_ids)
+    return LLM(
+        engine,
+        tokenizer,
+        path=folder,
+        defaults=defaults,
+        eos_token_ids=eos_token_ids,
+        fingerprint=fingerprint(folder.glob("*.safetensors")),
+    )
 
 
 def model_folder(
@@ -111,7 +119,8 @@ def model_folder(
 def generation_defaults(folder: Path) -> tuple[Sampling, frozenset[int]]:
     """Sampling and end-of-text tokens of a folder's generation_config.json; greedy without one.
 
-    Its sampling values count when ``do_sample`` is true (temperature 1 then, unless it says more).
+    Its sampling values count when ``do_sample`` is true (temperature 1 then, unless it says more),
+    its ``repetition_penalty`` always.
     Raises ConfigError when the file is not usable.
     """
     path = folder / "generation_config.json"
@@ -124,12 +133,11 @@ def generation_defaults(folder: Path) -> tuple[Sampling, frozenset[int]]:
         raise ConfigError(
             f"{path}: eos_token_id must be a token id or a list of them, found {eos!r}"
         )
-    if not values.get("do_sample"):
-        return Sampling(), frozenset(eos_list)
-    names = ("temperature", "top_k", "top_p", "min_p")
-    chosen = {"temperature": 1.0} | {
-        name: values[name] for name in names if values.get(name) is not None
-    }
+    chosen: dict[str, Any] = {"temperature": 1.0} if values.get("do_sample") else {}
+    names = ("temperature", "top_k", "top_p", "min_p") if values.get("do_sample") else ()
+    for name in (*names, "repetition_penalty"):
+        if values.get(name) is not None:
+            chosen[name] = values[name]
     try:
         return Sampling(**chosen), frozenset(eos_list)
     except ArgumentError as error:

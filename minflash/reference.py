@@ -188,13 +188,15 @@ class Reference:
         *,
         length: int | None = None,
         all_logits: bool = False,
+        hidden: bool = False,
     ) -> Array:
         """The logits after ``tokens``, which stand at ``position`` and the positions after it.
 
         tokens: ids, at least one. position: 0 .. ``self.length``; keys and values from there on are
         replaced. length: positions of the whole sequence for dynamic and longrope frequencies, when
         a prompt is cut into several calls; default position + len(tokens).
-        Returns [vocab_size] of the last token, or [n, vocab_size] with ``all_logits``.
+        Returns [vocab_size] of the last token, or [n, vocab_size] with ``all_logits``, or what
+        enters the head, [n, dim], with ``hidden``.
         Raises ArgumentError (tokens, position, length) and ContextError (more than max_context).
         """
         ids = self._checked_tokens(tokens, position)
@@ -218,10 +220,24 @@ class Reference:
             x = x + self._feed_forward(layer, x)
         self.length = end
 
-        last = x if all_logits else x[-1:]
+        last = x if all_logits or hidden else x[-1:]
         normed = rms_norm(last, self.final_norm, self.config.norm_eps)
+        if hidden:
+            return normed
         logits = linear(self._rounded("activation", normed), self.lm_head)
         return logits if all_logits else logits[0]
+
+    def cached(self, n: int) -> tuple[Array, Array]:
+        """Copies of the first n positions' keys and values, [n_layers, n_kv_heads, n, head_dim]."""
+        return self._keys[:, :, :n].copy(), self._values[:, :, :n].copy()
+
+    def restore(self, keys: Array, values: Array) -> None:
+        """The inverse of ``cached``."""
+        self.length, n = 0, keys.shape[2]
+        if n > self._keys.shape[2]:
+            self._allocate(n)
+        self._keys[:, :, :n], self._values[:, :, :n] = keys, values
+        self.length = n
 
     def _attention(
         self,

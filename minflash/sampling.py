@@ -24,6 +24,19 @@ The CUDA kernel follows this text; results agree bit for bit except for the last
    ``gumbel = -log(-log1p(-v))``; the token is the argmax of ``scaled[t] + gumbel[t]`` over kept
    tokens (lowest id at a tie), which draws from softmax(scaled) of the kept tokens. (Taking the
    logarithm at 1 - v keeps 32-bit resolution for the large Gumbel values that decide the draw.)
+
+Before all of that the logits are adjusted, in this order (``adjusted``); by default by nothing:
+
+a. logit_bias: ``logits[t] += bias`` for the tokens it names.
+b. repetition_penalty ``r`` (off: 1), once for each token of the prompt and of the answer so far:
+   ``logits[t] / r`` where that logit is positive, ``logits[t] * r`` elsewhere.
+c. presence_penalty and frequency_penalty (off: 0), for each token of the answer so far, which came
+   ``n`` times: ``logits[t] -= presence_penalty + n * frequency_penalty``.
+d. min_tokens: as long as the answer has fewer tokens, those that would end it become -inf.
+e. The mask of allowed tokens (a grammar's): all others become -inf.
+
+A penalty that is not off may change the greedy choice too. ``log_probabilities`` are those of the
+model: of the logits as they were before a to e, without temperature and filters.
 """
 
 from __future__ import annotations
@@ -31,7 +44,9 @@ from __future__ import annotations
 import math
 import operator
 import secrets
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +75,11 @@ class Sampling:
     top_p: float = 1.0  # in (0, 1]; 1: off
     min_p: float = 0.0  # in [0, 1]; 0: off
     seed: int | None = None  # in [0, 2**64); None: a fresh one for each generation
+    repetition_penalty: float = 1.0  # in [0.01, 100]; 1: off; above 1: fewer repetitions
+    presence_penalty: float = 0.0  # in [-100, 100]; 0: off; for tokens that the answer holds
+    frequency_penalty: float = 0.0  # in [-100, 100]; 0: off; as often as the answer holds them
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added, in [-100, 100])
+    min_tokens: int = 0  # >= 0; before so many tokens nothing ends the answer but a stop string
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, math.inf, "0 means greedy")
@@ -70,6 +90,17 @@ class Sampling:
         _check_number("min_p", self.min_p, 0.0, 1.0, "0 turns it off")
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, 2**SEED_BITS - 1, "leave it out for a random one")
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, "1 turns it off")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), -100.0, 100.0, "0 turns it off")
+        _check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1, "0 turns it off")
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are adjusted before a token is chosen, in steps a to d."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.min_tokens
+        return bool(any(penalties) or self.repetition_penalty != 1 or self.logit_bias)
 
     @property
     def greedy(self) -> bool:
@@ -100,6 +131,43 @@ def sample(logits: NDArray[np.float32], sampling: Sampling, position: int) -> in
         raise ArgumentError("a random draw needs a seed: use Sampling(...).seeded()")
     scaled = logits / np.float32(sampling.temperature)
     return _gumbel_argmax(scaled, scaled >= threshold(scaled, sampling), sampling.seed, position)
+
+
+def adjusted(
+    logits: NDArray[np.float32],
+    sampling: Sampling,
+    prompt: Sequence[int] = (),
+    answer: Sequence[int] = (),
+    ends: Collection[int] = (),
+    allowed: NDArray[np.bool_] | None = None,
+) -> NDArray[np.float32]:
+    """Steps a to e: a copy of ``logits`` [vocab_size] as the choice sees them.
+
+    prompt, answer: the token ids so far. ends: tokens that end an answer. allowed [vocab_size]: the
+    mask of a grammar.
+    """
+    logits = np.array(logits, dtype=np.float32)
+    for token, bias in sampling.logit_bias:
+        logits[token] += np.float32(bias)
+    if sampling.repetition_penalty != 1:
+        seen, penalty = np.unique([*prompt, *answer]), np.float32(sampling.repetition_penalty)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    if answer and (sampling.presence_penalty or sampling.frequency_penalty):
+        tokens, counts = np.unique(answer, return_counts=True)
+        by_count = np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
+        logits[tokens] -= np.float32(sampling.presence_penalty) + by_count
+    if len(answer) < sampling.min_tokens:
+        logits[list(ends)] = -np.inf
+    if allowed is not None:
+        logits[~allowed] = -np.inf
+    return logits
+
+
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """log softmax of ``logits`` [..., vocab_size], in float32 but for the sum in float64."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+    return np.asarray(shifted - np.log(total), dtype=np.float32)
 
 
 def threshold(scaled: NDArray[np.float32], sampling: Sampling) -> np.float32:
@@ -162,6 +230,20 @@ def gumbel(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
     v = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
     v = np.minimum(v, np.float32(1.0 - 2.0**-24))
     return np.asarray(-np.log(-np.log1p(-v)), dtype=np.float32)
+
+
+def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs or a mapping (its keys may be digits, as in JSON) -> pairs by token id."""
+    way_out = "give a mapping from token ids to numbers from -100 to 100"
+    try:
+        items = bias.items() if isinstance(bias, Mapping) else bias
+        named = {int(token) if isinstance(token, str) else token: add for token, add in items}
+    except (TypeError, ValueError):
+        raise ArgumentError(f"logit_bias must map tokens, found {bias!r:.60}; {way_out}") from None
+    for token, add in named.items():
+        _check_integer("a token id of logit_bias", token, 0, 2**31 - 1, way_out)
+        _check_number(f"logit_bias of token {token}", add, -100.0, 100.0, way_out)
+    return tuple(sorted((operator.index(token), float(add)) for token, add in named.items()))
 
 
 def _check_number(name: str, value: object, low: float, high: float, way_out: str) -> None:

@@ -56,6 +56,11 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         return cls(_read(path), _Settings(Path(folder)), vocab_size, str(path))
 
+    @property
+    def source(self) -> str:
+        """The text of tokenizer.json."""
+        return self._source
+
     def encode(self, text: str, *, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of ``text``.
 

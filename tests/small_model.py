@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from minflash.config import ModelConfig
+from minflash.engine import Cancelled, Choose
 from minflash.sampling import Sampling
 from minflash.tokenizer import Tokenizer
 
@@ -76,7 +77,13 @@ class ScriptedEngine:
         self.closed = 0
 
     def tokens(
-        self, prompt: Sequence[int], sampling: Sampling, count: int
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        count: int,
+        *,
+        choose: Choose | None = None,
+        cancelled: Cancelled | None = None,
     ) -> Generator[int, None, None]:
         self.prompts.append(list(prompt))
         self.samplings.append(sampling)
@@ -84,8 +91,13 @@ class ScriptedEngine:
         self.most_running = max(self.most_running, self.running)
         try:
             for index in range(count):
+                if cancelled is not None and cancelled():
+                    return
                 self.produced += 1
-                yield self.script[index % len(self.script)]
+                token = self.script[index % len(self.script)]
+                logits = np.zeros(self.config.vocab_size, np.float32)
+                logits[token] = 10.0
+                yield token if choose is None else choose(logits, len(prompt) + index)
         finally:
             self.running -= 1
 

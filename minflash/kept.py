@@ -1,0 +1,53 @@
+"""What a KV cache holds, so that a prompt begins where it first differs from the sequence before.
+
+Keys that are reused were made in other pieces than a fresh start would make them, so that results
+may differ within the rounding of float32; ``reset`` gives a fresh start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from .config import ModelConfig
+
+
+class KeptTokens:
+    """The tokens whose keys and values are in a cache, from position 0 on.
+
+    Each has the key of the RoPE frequencies that its position was rotated with: where those depend
+    on the length of the sequence, a prompt of another length cannot use it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._rope = config.rope
+        self._original = config.rope.original_context or config.max_context
+        self.ids: list[int] = []
+        self.rope_keys: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def shared(self, prompt: Sequence[int]) -> int:
+        """How many tokens of ``prompt`` need no forward; never the last, which gives the logits."""
+        key = self._rope_key(len(prompt))
+        pairs = zip(prompt[:-1], self.ids, self.rope_keys, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and pair[2] == key, pairs))
+
+    def cut(self, position: int) -> None:
+        """Forgets what stands at ``position`` and after it: about to be written."""
+        del self.ids[position:], self.rope_keys[position:]
+
+    def add(self, tokens: Sequence[int], length: int) -> None:
+        """The next tokens are in the cache, rotated for a sequence of ``length`` positions."""
+        self.ids.extend(map(int, tokens))
+        self.rope_keys.extend([self._rope_key(length)] * len(tokens))
+
+    def replace(self, ids: Sequence[int], rope_keys: Sequence[int]) -> None:
+        """The cache holds these now."""
+        self.ids, self.rope_keys = list(map(int, ids)), list(map(int, rope_keys))
+
+    def _rope_key(self, length: int) -> int:
+        if self._rope.kind == "dynamic":
+            return max(length, self._original)
+        return int(self._rope.kind == "longrope" and length > self._original)

@@ -1,0 +1,143 @@
+"""Structured output: grammars that decide which tokens may come next, by ``llguidance``.
+
+llguidance (https://github.com/guidance-ai/llguidance) reads JSON schemas, regular expressions and
+Lark grammars, and says for each step which tokens of the vocabulary keep the text within them. What
+it cannot honour is an error, never free text. It is an extra: pip install "minflash[grammar]".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ArgumentError, MinflashError
+
+# Between two parts of a JSON text. Bounded, as a model may otherwise go on with spaces for ever.
+WHITESPACE = r"[ \t\n]{0,24}"
+_INSTALL = 'pip install "minflash[grammar]"'
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like. kind: "json_schema", "regex" or "lark"; text: its source."""
+
+    kind: str
+    text: str
+
+
+def parse_grammar(response_format: Any, regex: Any, grammar: Any) -> Grammar | None:
+    """The three options as one; None when none is given. Raises ArgumentError.
+
+    response_format: {"type": "text"}, {"type": "json_object"}, or {"type": "json_schema",
+    "json_schema": {"schema": {...}}} as in OpenAI's interface; the schema may also stand under
+    "schema" or be the value of "json_schema" itself.
+    """
+    given = [value for value in (response_format, regex, grammar) if value is not None]
+    if len(given) > 1:
+        raise ArgumentError("response_format, regex and grammar exclude each other; give one")
+    for name, kind, text in (("regex", "regex", regex), ("grammar", "lark", grammar)):
+        if text is not None:
+            if not isinstance(text, str) or not text:
+                raise ArgumentError(f"{name} must be a string, not empty, found {text!r:.60}")
+            return Grammar(kind, text)
+    return None if response_format is None else _of_format(response_format)
+
+
+def _of_format(response_format: Any) -> Grammar | None:
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar("json_schema", '{"type": "object"}')
+    if kind != "json_schema":
+        raise ArgumentError(
+            'response_format must be {"type": "json_schema", "json_schema": {"schema": ...}}, '
+            f'{{"type": "json_object"}} or {{"type": "text"}}, found {response_format!r:.80}'
+        )
+    schema = response_format.get("json_schema", response_format.get("schema"))
+    if isinstance(schema, Mapping) and isinstance(schema.get("schema"), Mapping):
+        schema = schema["schema"]
+    if not isinstance(schema, Mapping):
+        raise ArgumentError(
+            f"response_format has no schema, found {response_format!r:.80}; put it under "
+            '"json_schema": {"schema": ...}'
+        )
+    try:
+        return Grammar("json_schema", json.dumps(schema))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"the schema of response_format is not JSON: {error}") from error
+
+
+class Grammars:
+    """Makes constraints for one tokenizer and its model."""
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, ends: Collection[int]) -> None:
+        """ends: tokens that end an answer. Raises MinflashError without llguidance."""
+        try:
+            import llguidance
+        except ImportError as error:
+            raise MinflashError(
+                f"response_format, regex and grammar need llguidance: {_INSTALL}"
+            ) from error
+        self._llguidance, self._vocab_size = llguidance, vocab_size
+        self.ends = frozenset(ends)
+        if not ends:
+            raise ArgumentError(
+                "response_format, regex and grammar need a token that ends the answer, and this "
+                "model names none; give stop_token_ids"
+            )
+        try:
+            self._tokenizer = llguidance.LLTokenizer(
+                tokenizer_json, n_vocab=vocab_size, eos_token=sorted(ends)
+            )
+        except Exception as error:  # whatever its Rust code finds
+            raise MinflashError(f"llguidance cannot use this model's tokenizer: {error}") from error
+
+    def constraint(self, grammar: Grammar) -> GrammarConstraint:
+        """A fresh constraint. Raises ArgumentError when the grammar is not usable."""
+        matcher_type = self._llguidance.LLMatcher
+        if grammar.kind == "json_schema":
+            defaults: Any = {"whitespace_pattern": WHITESPACE}
+            source = matcher_type.grammar_from_json_schema(grammar.text, defaults=defaults)
+        elif grammar.kind == "regex":
+            source = matcher_type.grammar_from_regex(grammar.text)
+        else:
+            source = matcher_type.grammar_from_lark(grammar.text)
+        matcher = matcher_type(self._tokenizer, source, log_level=0)
+        if matcher.is_error():
+            name = {"json_schema": "JSON schema", "lark": "grammar"}.get(grammar.kind, grammar.kind)
+            reason = " ".join(matcher.get_error().split())
+            raise ArgumentError(f"the {name} cannot be honoured: {reason:.300}")
+        return GrammarConstraint(matcher, self._vocab_size)
+
+
+class GrammarConstraint:
+    """One answer's way through a grammar."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    @property
+    def finished(self) -> bool:
+        """Nothing may follow but the end."""
+        return bool(self._matcher.is_stopped())
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """bool [vocab_size]: the tokens that may come next, the end among them."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return np.unpackbits(bits, bitorder="little", count=self._vocab_size).astype(np.bool_)
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = " ".join(self._matcher.get_error().split())
+            raise MinflashError(f"the grammar became too much for llguidance: {reason:.300}")
