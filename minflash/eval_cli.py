@@ -8,12 +8,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .errors import ArgumentError, MinflashError
 
@@ -95,8 +93,8 @@ def perplexity(
         )
     began, total, count = time.perf_counter(), 0.0, 0
     for begin, first, end in windows(len(tokens), context, stride):
-        scores = _log_probabilities(llm, tokens[begin:end])[first - begin - 1 :]
-        total -= math.fsum(scores)
+        scores = llm.score(tokens[begin:end]).logprobs[first - begin :]
+        total -= math.fsum(score for score in scores if score is not None)
         count += len(scores)
     bits = total / math.log(2) / len(text.encode())
     seconds = time.perf_counter() - began
@@ -117,17 +115,6 @@ def windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, i
         if first < end:
             yield begin, first, end
         done, begin = end, begin + stride
-
-
-def _log_probabilities(llm: LLM, tokens: Sequence[int]) -> list[float]:
-    """log p of tokens[1:], each from those before it."""
-    logits = llm.logits(tokens)[:-1]
-    scores = []
-    for row, token in zip(logits, tokens[1:], strict=True):
-        values: Any = row.astype(np.float64)
-        top = values.max()
-        scores.append(float(values[token] - top - np.log(np.exp(values - top).sum())))
-    return scores
 
 
 def _text(file: str) -> str:

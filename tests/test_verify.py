@@ -145,9 +145,11 @@ def test_perplexity_is_that_of_the_probabilities(converted: Path) -> None:
         logits = llm.logits(tokens).astype(np.float64)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     nats = -np.mean([math.log(shares[i, token]) for i, token in enumerate(tokens[1:])])
-    assert found.perplexity == pytest.approx(math.exp(nats), rel=1e-9)
+    assert found.perplexity == pytest.approx(math.exp(nats), rel=1e-5)  # float32
     assert found.tokens == len(tokens) - 1
-    assert found.bits_per_byte * len(text) == pytest.approx(nats * found.tokens / math.log(2))
+    assert found.bits_per_byte * len(text) == pytest.approx(
+        nats * found.tokens / math.log(2), rel=1e-5
+    )
 
 
 def test_eval_prints_text_and_json(
