@@ -155,32 +155,24 @@ def _add_command(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    from .generation_cli import add_model_arguments, add_sampling_arguments
+
     add = parser.add_argument
     add("text", nargs="?", metavar="PROMPT", help="the prompt; - reads it from stdin")
-    add("-m", "--model", metavar="MODEL", help="folder, GGUF file or hub id (default: a small one)")
     add("-p", "--prompt", metavar="PROMPT", help="the prompt, as an option")
     add("--raw", action="store_true", help="complete the prompt as it is, without chat template")
     add("--system", metavar="TEXT", help="system message of the chat template")
-    add("--max-tokens", type=int, metavar="N", help="tokens to make at most (default: 256)")
-    add("--temperature", type=float, metavar="X", help="0: always the most likely token")
-    add("--top-k", type=int, metavar="N", help="choose among the N most likely tokens; 0: off")
-    add("--top-p", type=float, metavar="X", help="choose among tokens of this total probability")
-    add("--min-p", type=float, metavar="X", help="drop tokens below this part of the likeliest")
-    add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    add("--stop", action="append", metavar="TEXT", help="end before this text (may be repeated)")
-    add("--max-context", type=int, metavar="N", help="positions (default: the model's own)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if usable, else cpu")
     add("--json", action="store_true", help="print one JSON object when done")
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .arguments import parse
+    from .generation_cli import generation_options
     from .loading import load
 
     prompt = _prompt(args)
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
-    options: Any = {name: getattr(args, name) for name in names}
-    parse(options)  # a wrong option is said before a model is loaded
+    options = generation_options(args)  # a wrong one is said before a model is loaded
     with load(args.model, device=args.device, max_context=args.max_context) as llm:
         llm.tokenize("")  # without a tokenizer there is no text to print: say so now
         chunks = llm.stream(_conversation(llm, prompt, args), **options)
@@ -251,6 +243,10 @@ def _print_json(llm: LLM, chunks: list[Chunk]) -> None:
         "device": llm.device,
         "stats": stats,
     }
+    if last.top_logprobs is not None:
+        answer["tokens"] = [
+            {"id": c.token, "logprob": c.logprob, "top_logprobs": c.top_logprobs} for c in chunks
+        ]
     print(json.dumps(answer, ensure_ascii=False))
 
 

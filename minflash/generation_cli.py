@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
-_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+from .errors import ArgumentError
+
+_OPTIONS = (
+    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "min_tokens"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "regex"),
+)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +33,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-p", type=float, metavar="X", help="drop tokens below this part of the likeliest")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--stop", action="append", metavar="TEXT", help="end before this text (may be repeated)")
+    add("--min-tokens", type=int, metavar="N", help="no end of text before so many tokens")
+    add("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less; 1: off")
+    add("--presence-penalty", type=float, metavar="X", help="what an answer holds is less likely")
+    add("--frequency-penalty", type=float, metavar="X", help="the same, by how often it came")
+    add("--logit-bias", action="append", metavar="ID=X", help="add X to a token's logit")
+    add("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, N alternatives")
+    add("--json-schema", metavar="FILE", help="the answer is JSON of this schema; - is any object")
+    add("--regex", metavar="REGEX", help="the answer matches it")
+    add("--grammar", metavar="FILE", help="the answer follows this Lark grammar")
 
 
 def generation_options(args: argparse.Namespace) -> Any:
@@ -33,5 +49,36 @@ def generation_options(args: argparse.Namespace) -> Any:
     from .arguments import parse
 
     options = {name: getattr(args, name) for name in _OPTIONS}
+    options["logit_bias"] = dict(map(_bias, args.logit_bias)) if args.logit_bias else None
+    options["response_format"] = _response_format(args.json_schema)
+    options["grammar"] = None if args.grammar is None else _read(args.grammar)
     parse(options)
     return options
+
+
+def _bias(text: str) -> tuple[str, float]:
+    token, _, number = text.partition("=")
+    try:
+        return token, float(number)
+    except ValueError:
+        raise ArgumentError(
+            f"--logit-bias must be a token id, = and a number, found {text!r}; like 42=-100"
+        ) from None
+
+
+def _response_format(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    if path == "-":
+        return {"type": "json_object"}
+    try:
+        return {"type": "json_schema", "json_schema": json.loads(_read(path))}
+    except ValueError as error:
+        raise ArgumentError(f"{path}: is not JSON: {error}") from error
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{path}: cannot be read: {error}") from error

@@ -217,11 +217,11 @@ def test_interrupt_ends_with_130(environment: dict[str, str]) -> None:
         "import signal, sys, time, minflash.llm as m\n"
         # A shell starts what it puts into the background with the signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "real = m.LLM._chunks\n"
+        "real = m.LLM._run\n"
         "def slow(*a):\n"
         "    for chunk in real(*a):\n"
         "        yield chunk; time.sleep(0.2)\n"
-        "m.LLM._chunks = slow\n"
+        "m.LLM._run = slow\n"
         "from minflash.cli import main\n"
         "sys.exit(main(['run', 'x', '--max-tokens', '100']))\n"
     )
