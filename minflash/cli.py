@@ -52,6 +52,7 @@ The model's chat template is applied when it has one; --raw completes the prompt
 Without sampling options the model's generation_config.json decides, else the most likely token.
 """
 _ADDED_COMMANDS = {  # in NAME_cli.py each
+    "serve": "serve the model to OpenAI clients and browsers",
     "plan": "tell memory, context and speed of a model before it is loaded",
     "doctor": "check this machine and say what to do",
     "verify": "compare the GPU with the reference on a model",

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import logging
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -22,7 +18,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .errors import ContextError, MinflashError
+from .context import room
+from .errors import MinflashError
 from .server_answers import SSE_END, Answer, sse
 from .server_http import (
     EventStream,
@@ -33,6 +30,7 @@ from .server_http import (
     unless_gone,
 )
 from .server_metrics import CONTENT_TYPE, Metrics
+from .server_page import load_page
 from .server_protocol import (
     ApiError,
     Body,
@@ -73,7 +71,7 @@ class Service:
         self.model = llm.path.resolve().name if llm.path else "minflash"
         self.metrics = Metrics()
         self.queue = ModelQueue(settings.queue, self._ended)
-        self._page, self._policy = _page()
+        self._page, self._policy = load_page()
 
     def routes(self) -> list[Route]:
         def route(path: str, handler: Handler, method: str, open: bool = False) -> Route:
@@ -183,8 +181,8 @@ class Service:
             tokens, before = await asyncio.to_thread(self._prepare, asked)
         except MinflashError as error:
             raise api_error(error, "messages" if asked.is_chat else "prompt") from error
-        answer = Answer(self.model, asked.is_chat, len(tokens), before)
-        job = Job(partial(self._start, asked, tokens), len(tokens))
+        answer = Answer(self.model, asked.is_chat, len(tokens), before, self._token_text)
+        job = Job(partial(self._start, asked, len(tokens)), len(tokens), self.llm.cancel)
         self.queue.submit(job)
         try:
             # What goes wrong before the first token is an error with a status of its own.
@@ -194,7 +192,7 @@ class Service:
             self.queue.drop(job)
             raise
         if not asked.stream:
-            return JsonResponse(answer.whole(chunks))
+            return JsonResponse(answer.whole(chunks, job.tokens))
         events = _events(job, answer, chunks[0], asked.include_usage)
         return EventStream(events, partial(self.queue.drop, job))
 
@@ -209,23 +207,22 @@ class Service:
             tokens = self.llm.tokenize(asked.prompt)
         else:
             tokens = asked.prompt
-        room, wanted = self.llm.max_context - len(tokens), asked.options.get("max_tokens", 1)
-        if room < wanted:
-            raise ContextError(
-                f"the prompt has {len(tokens)} tokens and max_tokens is {wanted}, but the context "
-                f"holds {self.llm.max_context} together; shorten the prompt or ask for less"
-            )
+            self.llm.detokenize(tokens)  # an error when the model has no such tokens
+        room(len(tokens), asked.options.get("max_tokens"), self.llm.max_context)  # or an error
         if not asked.echo:
             return tokens, ""
         text = asked.prompt if isinstance(asked.prompt, str) else self.llm.detokenize(tokens)
         return tokens, text
 
-    def _start(self, asked: Generation, tokens: list[int]) -> Generator[Chunk, None, None]:
+    def _start(self, asked: Generation, prompt_tokens: int) -> Generator[Chunk, None, None]:
         """Begins the generation; in the model's thread."""
         options = dict(asked.options)
         if asked.is_chat:  # an answer goes on to its own end
-            options.setdefault("max_tokens", self.llm.max_context - len(tokens))
-        return self.llm.stream(tokens, **options)
+            options.setdefault("max_tokens", self.llm.max_context - prompt_tokens)
+        return self.llm.stream(asked.prompt, tools=asked.tools, **options)
+
+    def _token_text(self, token: int) -> str:
+        return self.llm.detokenize([token], skip_special=False)
 
     def _ended(self, job: Job) -> None:
         """Counts a job that has left the queue."""
@@ -309,15 +306,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}; see docs/server.md"
     return error_response(ApiError(error.status_code, message, headers=error.headers))
-
-
-def _page() -> tuple[str, str]:
-    """The chat page, and the policy that lets a browser run this script and load nothing else."""
-    text = (files("minflash") / "web" / "index.html").read_text("utf-8")
-    hashes = {}
-    for tag in ("script", "style"):
-        inside = "".join(re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        hashes[tag] = f"{tag}-src 'sha256-{digest}'"
-    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return text, f"default-src 'none'; {hashes['script']}; {hashes['style']}; {rest}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +21,18 @@ class Answer:
     chat: bool
     prompt_tokens: int
     before: str = ""  # the prompt's text, where a completion is to repeat it
+    token_text: Callable[[int], str] = str  # for log-probabilities
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, chunks: list[Chunk]) -> Body:
-        """The answer in one piece; ``chunks`` are all of its chunks."""
+    def whole(self, chunks: list[Chunk], tokens: int) -> Body:
+        """The answer in one piece; ``chunks`` are all of its chunks, with so many tokens."""
         text = self.before + "".join(chunk.text for chunk in chunks)
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         last = chunks[-1]
-        choice = {**self._choice(said), "finish_reason": last.finish_reason}
+        choice = {**self._choice(said, chunks), "finish_reason": last.finish_reason}
         name = "chat.completion" if self.chat else "text_completion"
-        usage = self.usage(len(chunks), last.stats)
+        usage = self.usage(tokens, last.stats)
         return {**self._head(name), "choices": [choice], **usage}
 
     def opening(self) -> Body | None:
@@ -41,12 +43,11 @@ class Answer:
 
     def event(self, chunk: Chunk) -> Body | None:
         """The event of a chunk; None when there is nothing to tell yet."""
-        if not chunk.text and chunk.finish_reason is None:
+        if not chunk.text and chunk.finish_reason is None and chunk.logprob is None:
             return None
-        if not self.chat:
-            return self._event({"text": chunk.text}, chunk.finish_reason)
         delta = {"content": chunk.text} if chunk.text else {}
-        return self._event({"delta": delta}, chunk.finish_reason)
+        said: Body = {"delta": delta} if self.chat else {"text": chunk.text}
+        return self._event(said, chunk.finish_reason, [chunk])
 
     def closing(self, tokens: int, stats: Stats | None) -> Body:
         """The event with the usage, which comes last."""
@@ -72,12 +73,43 @@ class Answer:
     def _event_name(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _event(self, said: Body, finish_reason: str | None = None) -> Body:
-        choice = {**self._choice(said), "finish_reason": finish_reason}
+    def _event(
+        self, said: Body, finish_reason: str | None = None, chunks: Sequence[Chunk] = ()
+    ) -> Body:
+        choice = {**self._choice(said, chunks), "finish_reason": finish_reason}
         return {**self._head(self._event_name), "choices": [choice]}
 
-    def _choice(self, said: Body) -> Body:
-        return {"index": 0, **said, "logprobs": None}
+    def _choice(self, said: Body, chunks: Sequence[Chunk]) -> Body:
+        return {"index": 0, **said, "logprobs": self._logprobs(chunks)}
+
+    def _logprobs(self, chunks: Sequence[Chunk]) -> Body | None:
+        """Log-probabilities of the tokens, where they were asked for."""
+        tokens = [
+            (chunk.token, chunk.logprob, chunk.top_logprobs or ())
+            for chunk in chunks
+            if chunk.logprob is not None
+        ]
+        if not tokens:
+            return None
+        if self.chat:
+            content = [
+                {**self._token(token, value), "top_logprobs": [self._token(*one) for one in top]}
+                for token, value, top in tokens
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [self.token_text(token) for token, _, _ in tokens],
+            "token_logprobs": [value for _, value, _ in tokens],
+            "top_logprobs": [
+                {self.token_text(token): value for token, value in top} for _, _, top in tokens
+            ],
+        }
+
+    def _token(self, token: int, logprob: float) -> Body:
+        text = self.token_text(token)
+        # A token may be a part of a character, which is no text and whose bytes are not known here.
+        whole = "\ufffd" not in text
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
     def _head(self, name: str) -> Body:
         prefix = "chatcmpl" if self.chat else "cmpl"

@@ -220,6 +220,10 @@ def _options(fields: Body, logprobs: Any = None) -> Body:
         except (MinflashError, TypeError, ValueError) as error:
             message = str(error) if isinstance(error, MinflashError) else f"{name} is {value!r:.60}"
             raise ApiError(400, message, param=name, code="invalid_value") from error
+    try:
+        parse(options)
+    except MinflashError as error:  # two that exclude each other
+        raise ApiError(400, str(error), code="invalid_value") from error
     return options
 
 

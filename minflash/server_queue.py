@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from .chunk import Chunk
+from .chunk import NO_TOKEN, Chunk
 from .server_protocol import ApiError
 
 Start = Callable[[], Generator[Chunk, None, None]]
@@ -22,13 +22,17 @@ Start = Callable[[], Generator[Chunk, None, None]]
 class Job:
     """One generation, from the queue to its last chunk. Made in the event loop."""
 
-    def __init__(self, start: Start, prompt_tokens: int) -> None:
-        """``start`` is called in the model's thread and returns the stream."""
+    def __init__(
+        self, start: Start, prompt_tokens: int, interrupt: Callable[[], None] = lambda: None
+    ) -> None:
+        """``start`` is called in the model's thread and returns the stream; ``interrupt`` stops
+        the generation that runs, also while it reads its prompt.
+        """
         self.prompt_tokens = prompt_tokens
         self.tokens = 0  # made so far
         self.submitted = time.perf_counter()
         self.started = self.first = self.ended = 0.0  # 0: not yet
-        self._start = start
+        self._start, self._interrupt = start, interrupt
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()
         self._cancelled = threading.Event()
@@ -40,6 +44,8 @@ class Job:
     def cancel(self) -> None:
         """Stops the generation after the token it is at, or before it has begun."""
         self._cancelled.set()
+        if self.started and not self.ended:
+            self._interrupt()
 
     def __aiter__(self) -> Job:
         """The chunks as they come, for one reader; raises what the generation raised."""
@@ -69,7 +75,7 @@ class Job:
         with contextlib.closing(self._start()) as stream:
             for chunk in stream:
                 self.first = self.first or time.perf_counter()
-                self.tokens += 1
+                self.tokens += chunk.token != NO_TOKEN
                 self.post(chunk)
                 if self.cancelled:
                     return

@@ -1,0 +1,97 @@
+"""A running server for tests, and plain HTTP requests to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import uvicorn
+
+from minflash.chunk import Chunk
+from minflash.llm import LLM
+from minflash.server import Settings, create_app
+
+
+class PacedLLM:
+    """An LLM whose tokens come when the test lets them, and which counts them."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self.produced = 0
+        self.delay = 0.0  # seconds before each token
+        self.gate = threading.Event()  # nothing comes while it is clear
+        self.gate.set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def stream(self, prompt: Any, **options: Any) -> Generator[Chunk, None, None]:
+        with contextlib.closing(self._llm.stream(prompt, **options)) as chunks:
+            for chunk in chunks:
+                time.sleep(self.delay)
+                assert self.gate.wait(20)
+                self.produced += 1
+                yield chunk
+
+
+class Server:
+    """``url`` and what a test wants to look at."""
+
+    def __init__(self, port: int, service: Any) -> None:
+        self.port, self.url, self.service = port, f"http://127.0.0.1:{port}", service
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+        """Status, headers, body as JSON."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.request("POST", path, data, **{"Content-Type": "application/json", **headers})
+
+    def get(self, path: str, **headers: str) -> tuple[int, Any, Any]:
+        return self.request("GET", path, None, **headers)
+
+    def request(
+        self, method: str, path: str, data: bytes | None, **headers: str
+    ) -> tuple[int, Any, Any]:
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as response:
+                status, found, content = response.status, response.headers, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                status, found, content = error.code, error.headers, error.read()
+        is_json = found.get_content_type() == "application/json"
+        return status, found, json.loads(content) if is_json else content.decode()
+
+
+@contextlib.contextmanager
+def running(llm: Any, settings: Settings | None = None) -> Iterator[Server]:
+    """A server in a thread of this process, at a free port."""
+    app = create_app(llm, settings)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port = bound.getsockname()[1]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        try:
+            yield Server(port, app.state.service)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def until(condition: Callable[[], Any], seconds: float = 15) -> None:
+    """Waits for something that another thread brings about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
