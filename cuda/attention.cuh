@@ -224,7 +224,7 @@ __device__ __forceinline__ void leave(const Running& run, int slot) {
   }
 }
 
-// This warp's part of the unit: its chunks of the past and, for warp 0 of the last split, the fresh positions.
+// This warp's part of the unit: its chunks of the past and, for the last warp of the last split, the fresh positions.
 template <class Map>
 __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const Unit& u, int window) {
   const Scratch<Map> s = Scratch<Map>::here();
@@ -241,7 +241,7 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
       });
     }
   });
-  if (threadIdx.x < 32 && u.split == plan.splits - 1)
+  if (threadIdx.x / 32 == kWarps - 1 && u.split == plan.splits - 1)
     attend<Map>(run, s.fresh, [&](int row, int offset) {
       const int column = column_of(row);
       return offset <= column && offset < plan.n_columns && (!window || offset > column - window);
@@ -257,17 +257,33 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
 }
 
 // A partial result over part of the past: maximum, sum, and the weighted values of one dim.
-struct Part {
-  float maximum = -kInfinity, sum = 0, value = 0;
-  __device__ __forceinline__ void add(float other_maximum, float other_sum, float other_value) {
-    const float top = fmaxf(maximum, other_maximum);
-    if (top == -kInfinity) return;
-    const float mine = ex2_approx(maximum - top), other = ex2_approx(other_maximum - top);
-    maximum = top;
-    sum = sum * mine + other_sum * other;
-    value = value * mine + other_value * other;
+struct Part { float maximum = -kInfinity, sum = 0, value = 0; };
+
+// Parts 0 to count - 1 as one, in order, eight at a time so that their reads overlap.
+template <class Get>
+__device__ __forceinline__ Part combined(int count, Get get) {
+  Part all;
+#pragma unroll 1
+  for (int first = 0; first < count; first += 8) {
+    Part parts[8];
+    float top = all.maximum;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (first + i < count) parts[i] = get(first + i);
+#pragma unroll
+    for (int i = 0; i < 8; i++) top = fmaxf(top, parts[i].maximum);
+    if (top == -kInfinity) continue;
+    const float before = ex2_approx(all.maximum - top);
+    all = {top, all.sum * before, all.value * before};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float weight = ex2_approx(parts[i].maximum - top);
+      all.sum += parts[i].sum * weight;
+      all.value += parts[i].value * weight;
+    }
   }
-};
+  return all;
+}
 
 // Rows of the unit over all slots; put(row, dim, part).
 template <class Map, class Put>
@@ -276,13 +292,10 @@ __device__ __forceinline__ void combine_slots(int rows, Put put) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * kHeadDim; i += kConsumers) {
     const int row = i / kHeadDim, d = i % kHeadDim;
-    Part part;
-#pragma unroll 2
-    for (int slot = 0; slot < Map::kSlots; slot++) {
-      const int at = slot * kRows + row;
-      part.add(s.sums[at * 2], s.sums[at * 2 + 1], s.outputs[at * kHeadDim + d]);
-    }
-    put(row, d, part);
+    put(row, d, combined(Map::kSlots, [&](int slot) {
+          const int at = slot * kRows + row;
+          return Part{s.sums[at * 2], s.sums[at * 2 + 1], s.outputs[at * kHeadDim + d]};
+        }));
   }
 }
 
@@ -332,13 +345,10 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
 #pragma unroll 1
     for (int j = threadIdx.x; j < rows * kHeadDim; j += kConsumers) {
       const int row = j / kHeadDim, d = j % kHeadDim;
-      Part part;
-#pragma unroll 2
-      for (int split = 0; split < plan.splits; split++) {
-        const float* p = parts + (split * kRows + row) * kRow;
-        part.add(ld_cg(p), ld_cg(p + 1), ld_cg(p + 2 + d));
-      }
-      finish(row, d, part);
+      finish(row, d, combined(plan.splits, [&](int split) {
+               const float* p = parts + (split * kRows + row) * kRow;
+               return Part{ld_cg(p), ld_cg(p + 1), ld_cg(p + 2 + d)};
+             }));
     }
   }
   consumer.profile.mark(kWritten);

@@ -172,7 +172,6 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
       consumer.take(blocks * chunks, [&](int i, const u8* data) {
         const int first = i % chunks * m.chunk_tiles;
         multiply_chunk<Map, m>(mine + i / chunks * kWarps * kSlot, data, first, smaller(m.chunk_tiles, tiles - first));
-        __syncwarp();
       });
     }
     sync_consumers();  // publishes the partial sums to the block's consumers

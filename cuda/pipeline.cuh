@@ -29,7 +29,7 @@ __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
 #pragma unroll 1
   for (int s = 0; s < Map::kStages; s++) {
     mbarrier_init(&ring.full[s], kBulkCopy ? 1 : 32);
-    mbarrier_init(&ring.empty[s], 1);
+    mbarrier_init(&ring.empty[s], 32);
   }
   fence_mbarrier_init();
 }
@@ -116,8 +116,7 @@ struct Consumer {
       Ring<Map>& ring = Shared<Map>::ring();
       wait_parity(&ring.full[stage], parity, args, next);
       use(int(next - begin), Shared<Map>::stage(stage));
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) mbarrier_arrive(&ring.empty[stage]);
+      mbarrier_arrive(&ring.empty[stage]);
       if ((stage += kWarps) >= Map::kStages) { stage -= Map::kStages; parity ^= 1; }
     }
     begin = end;

@@ -61,8 +61,10 @@ __device__ void consume(const StepArgs& args) {
     multiply_matrix<Map, tensors::wqkv>(
         consumer, deal, n,
         [&](int panel) {
-          if (layer == 0) load_normed<Map, tensors::wqkv>(norm, n, panel, embedding);
-          else load_normed<Map, tensors::wqkv>(norm, n, panel, residual);
+          load_normed<Map, tensors::wqkv>(norm, n, panel, [&](int column, int k8, float(&v)[8]) {
+            if (layer == 0) embedding(column, k8, v);
+            else residual(column, k8, v);
+          });
         },
         [&](int row, int column, float low, float high) {
           float* at = work.qkv() + column * tensors::wqkv.rows + row;
