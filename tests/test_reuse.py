@@ -1,0 +1,230 @@
+"""The cache between calls: what a prompt shares with the sequence before is not read again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from kernel_models import EmulatedDevice, RandomModel, model_config
+from small_model import write_source
+
+import minflash
+from minflash.checkpoint import Checkpoint
+from minflash.config import RopeConfig
+from minflash.cuda_engine import CudaEngine
+from minflash.engine import CpuEngine, Engine
+from minflash.errors import CheckpointError, ContextError, MinflashError
+from minflash.kept import KeptTokens
+from minflash.llm import LLM
+from minflash.sampling import Sampling
+from minflash.states import load, save
+from minflash.step_model import StepModel
+from minflash.tuning import choose
+
+GREEDY = Sampling()
+PROMPT = [5, 77, 300, 12, 9, 250, 31, 8, 119, 64]
+CONFIG = model_config()
+
+
+@pytest.fixture(scope="module")
+def model() -> RandomModel:
+    return RandomModel(CONFIG, "bf16", seed=3)
+
+
+def cpu_engine(model: RandomModel, max_context: int = 64) -> CpuEngine:
+    return CpuEngine(cast(Checkpoint, model), max_context)
+
+
+def cuda_engine(model: RandomModel, max_context: int = 64) -> CudaEngine:
+    device = EmulatedDevice()
+    tuning = choose(model.config, device.facts, stages=8, stage_bytes=4096, in_flight_bytes=12288)
+    step = StepModel(model, device, max_context, tuning=tuning, watchdog_ns=120 * 10**9)
+    return CudaEngine.over(step)
+
+
+@pytest.fixture(params=[cpu_engine, cuda_engine], ids=["cpu", "cuda"])
+def engine(request: pytest.FixtureRequest, model: RandomModel) -> Iterator[Engine]:
+    engine = request.param(model)
+    yield engine
+    engine.close()
+
+
+def forwarded(engine: Engine, prompt: list[int], count: int = 1) -> tuple[list[int], int]:
+    before = engine.forwarded
+    return list(engine.tokens(prompt, GREEDY, count)), engine.forwarded - before
+
+
+def test_only_what_differs_is_read(engine: Engine, model: RandomModel) -> None:
+    answer, read = forwarded(engine, PROMPT, 5)
+    assert read == len(PROMPT) + 4  # the last token is never read
+    turn = [*PROMPT, *answer, 7, 8, 9]
+    fresh, _ = forwarded(cpu_engine(model), turn, 5)
+    assert forwarded(engine, turn, 5) == (fresh, 1 + 3 + 4)
+    # The same prompt again: its last token is read once more, as it gives the logits.
+    assert forwarded(engine, turn, 5) == (fresh, 1 + 4)
+    other = [*PROMPT[:4], 1, 2]
+    fresh, _ = forwarded(cpu_engine(model), other, 3)
+    assert forwarded(engine, other, 3) == (fresh, 2 + 2)
+    assert forwarded(engine, PROMPT, 5) == (answer, len(PROMPT) - 4 + 4)
+    engine.reset()
+    assert forwarded(engine, PROMPT, 5) == (answer, len(PROMPT) + 4)
+
+
+def test_a_closed_or_cancelled_generation_leaves_a_true_cache(
+    engine: Engine, model: RandomModel
+) -> None:
+    expected, _ = forwarded(cpu_engine(model), PROMPT, 8)
+    for taken in (0, 1, 3):
+        tokens = engine.tokens(PROMPT, GREEDY, 20)
+        for _ in range(taken):
+            next(tokens)
+        tokens.close()
+        assert forwarded(engine, PROMPT, 8)[0] == expected
+        assert forwarded(engine, [*PROMPT, *expected[:4]], 4)[0] == expected[4:]
+    looks = iter([False, False, True])
+    cancelled = engine.tokens([3, *PROMPT], GREEDY, 20, cancelled=lambda: next(looks, True))
+    assert len(list(cancelled)) <= 3
+    assert forwarded(engine, [3, *PROMPT], 1)[1] <= 2
+    assert forwarded(engine, PROMPT, 8)[0] == expected
+
+
+def test_logits_and_a_prompt_after_them(engine: Engine, model: RandomModel) -> None:
+    expected, _ = forwarded(cpu_engine(model), PROMPT, 4)
+    whole = engine.logits(PROMPT)
+    assert forwarded(engine, PROMPT, 4) == (expected, 1 + 3)
+    np.testing.assert_array_equal(engine.logits(PROMPT), whole)
+    np.testing.assert_array_equal(np.concatenate(list(engine.logit_parts(PROMPT))), whole)
+
+
+def test_an_interrupt_in_a_forward_leaves_a_true_cache(
+    model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = cpu_engine(model)
+    expected, _ = forwarded(cpu_engine(model), PROMPT, 8)
+    forwarded(engine, PROMPT, 8)
+    feed_forward = engine._open_reference()._feed_forward
+
+    def interrupted(*arguments: Any) -> Any:
+        feed_forward(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._open_reference(), "_feed_forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.tokens([*PROMPT[:5], 1, 2, 3], GREEDY, 2))
+    assert engine._kept.ids == PROMPT[:5]
+    assert forwarded(engine, PROMPT, 8) == (expected, 5 + 7)
+
+
+@pytest.mark.parametrize(
+    ("rope", "shared"),
+    [
+        (RopeConfig(kind="default"), (7, 9, 13)),
+        (RopeConfig(kind="dynamic", factor=4.0, original_context=12), (7, 9, 0)),
+        (RopeConfig(kind="longrope", original_context=12), (7, 9, 0)),
+    ],
+)
+def test_frequencies_that_change_with_the_length_are_not_mixed(
+    rope: RopeConfig, shared: tuple[int, ...]
+) -> None:
+    kept = KeptTokens(replace(CONFIG, rope=rope))
+    kept.add(range(10), length=10)
+    assert [kept.shared(list(range(n))) for n in (8, 10)] == list(shared[:2])
+    assert kept.shared([]) == 0 and kept.shared([9]) == 0
+    kept.add(range(10, 13), length=13)
+    assert kept.shared([*range(13), 0]) == shared[2]
+    kept.cut(0)
+    kept.add(range(14), length=14)
+    assert kept.shared(list(range(14))) == 13
+
+
+def test_dynamic_rope_gives_what_a_fresh_start_gives(model: RandomModel) -> None:
+    rope = RopeConfig(kind="dynamic", factor=4.0, original_context=12)
+    dynamic = RandomModel(replace(CONFIG, rope=rope), "bf16", seed=3)
+    engine = cpu_engine(dynamic)
+    answer, _ = forwarded(engine, PROMPT, 5)
+    turn = [*PROMPT, *answer]
+    fresh, _ = forwarded(cpu_engine(dynamic), turn, 5)
+    assert forwarded(engine, turn, 5) == (fresh, len(turn) + 4)
+
+
+def test_the_second_turn_of_a_conversation_starts_at_once() -> None:
+    config = model_config(dim=192, hidden_dim=512, n_layers=4, max_context=2048)
+    engine = CpuEngine(cast(Checkpoint, RandomModel(config, "bf16", seed=1)), 2048)
+    prompt = np.random.default_rng(0).integers(0, 331, 1900).tolist()
+    seconds = []
+    for tokens in (prompt, [*prompt, 1, 2, 3]):
+        begin, before = time.perf_counter(), engine.forwarded
+        next(engine.tokens(tokens, GREEDY, 1))
+        seconds.append(time.perf_counter() - begin)
+    assert engine.forwarded - before == 3
+    assert seconds[1] < seconds[0] / 10
+
+
+# Saved states
+
+
+def test_a_saved_state_goes_on_in_another_engine(
+    engine: Engine, model: RandomModel, tmp_path: Path
+) -> None:
+    answer, _ = forwarded(engine, PROMPT, 6)
+    path = tmp_path / "state.safetensors"
+    save(path, engine, "model")
+    other = cpu_engine(model) if engine.device == "cpu" else cuda_engine(model)
+    assert load(path, other, "model") == len(PROMPT) + 5
+    assert forwarded(other, [*PROMPT, *answer[:4]], 2) == (answer[4:], 1 + 1)
+    assert sorted(tmp_path.iterdir()) == [path]
+    other.reset()
+    save(path, other, "model")
+    assert load(path, engine, "model") == 0
+    assert forwarded(engine, PROMPT, 6)[0] == answer
+    other.close()
+
+
+def test_states_that_do_not_fit_are_refused(model: RandomModel, tmp_path: Path) -> None:
+    cpu, cuda, path = cpu_engine(model), cuda_engine(model), tmp_path / "state"
+    forwarded(cpu, PROMPT)
+    save(path, cpu, "model one")
+    with pytest.raises(CheckpointError, match=r"another model \(fingerprint model one, this.*two"):
+        load(path, cpu, "model two")
+    with pytest.raises(CheckpointError, match=r"'cpu-float32-1', and this engine's is 'cuda-block"):
+        load(path, cuda, "model one")
+    with pytest.raises(ContextError, match="holds 10 positions, the context 8"):
+        load(path, cpu_engine(model, 8), "model one")
+    wide = RandomModel(model_config(n_layers=3), "bf16")
+    with pytest.raises(CheckpointError, match=r"the tensors are .* they must be"):
+        load(path, cpu_engine(wide), "model one")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError):
+        load(path, cpu, "model one")
+    with pytest.raises(MinflashError, match="cannot be written"):
+        save(tmp_path / "no" / "folder", cpu, "model one")
+    # What was in the cache is still there.
+    assert forwarded(cpu, PROMPT)[1] == 1
+    cuda.close()
+
+
+def test_states_of_an_llm(converted: Path, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    with minflash.load(converted, device="cpu") as llm:
+        text = llm.generate("Once upon", max_tokens=8, ignore_eos=True)
+        llm.save_state(path)
+    with minflash.load(converted, device="cpu") as llm:
+        assert llm.load_state(path) == len("Once upon") + 7
+        assert llm.generate("Once upon", max_tokens=8, ignore_eos=True) == text
+        assert llm._engine.forwarded == 1 + 7
+        llm.reset()
+        llm.generate("Once upon", max_tokens=1)
+        assert llm._engine.forwarded == 8 + 9
+    source = write_source(tmp_path / "source", "qwen2")
+    other = minflash.convert(source, tmp_path / "other", progress=False)
+    with minflash.load(other, device="cpu") as llm, pytest.raises(CheckpointError, match="another"):
+        llm.load_state(path)
+    engine = CpuEngine(cast(Checkpoint, RandomModel(CONFIG, "bf16")), 32)
+    with LLM(engine) as llm, pytest.raises(MinflashError, match="not loaded from files"):
+        llm.save_state(path)

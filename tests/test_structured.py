@@ -1,0 +1,180 @@
+"""Structured output: whatever a random model wants to say, the answer has the asked form."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minflash
+from minflash.errors import ArgumentError, MinflashError
+from minflash.llm import LLM
+from minflash.resources import resource_dir
+from minflash.structured import Grammar, parse_grammar
+
+pytest.importorskip("llguidance", reason='needs pip install "minflash[grammar]"')
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with minflash.load(resource_dir("weights") / "tiny", device="cpu") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def small(converted: Path) -> Iterator[LLM]:
+    with minflash.load(converted, device="cpu") as model:
+        yield model
+
+
+def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
+    """A schema whose values are bounded, so that an answer fits the context."""
+    kinds = ["string", "integer", "boolean", "null", "enum", "const"]
+    kind = rng.choice(kinds + ["object", "array"] * depth)
+    if kind == "string":
+        return {"type": "string", "maxLength": rng.randrange(1, 6)}
+    if kind == "integer":
+        return {"type": "integer", "minimum": rng.randrange(-99, 0), "maximum": rng.randrange(999)}
+    if kind == "enum":
+        return {"enum": rng.sample(["a", "ß", "日本", 'quo"te', 7, None, True], 3)}
+    if kind == "const":
+        return {"const": rng.choice(["x y", -1, False, "\n"])}
+    if kind == "array":
+        return {"type": "array", "items": random_schema(rng, depth - 1), "minItems": 1,
+                "maxItems": rng.randrange(1, 3)}  # fmt: skip
+    if kind == "object":
+        names = rng.sample(["a", "b c", "ü", "long_name"], rng.randrange(1, 3))
+        properties = {name: random_schema(rng, depth - 1) for name in names}
+        required = names[: rng.randrange(len(names) + 1)]
+        return {"type": "object", "properties": properties, "required": required,
+                "additionalProperties": False}  # fmt: skip
+    return {"type": kind}
+
+
+def fits(value: Any, schema: dict[str, Any]) -> bool:
+    """A validator of what random_schema makes."""
+    if "enum" in schema or "const" in schema:
+        known = schema.get("enum", [schema.get("const")])
+        return any(value == one and type(value) is type(one) for one in known)
+    if schema["type"] == "array":
+        inside = all(fits(item, schema["items"]) for item in value)
+        return isinstance(value, list) and inside and 1 <= len(value) <= schema["maxItems"]
+    if schema["type"] == "object":
+        properties = schema["properties"]
+        return set(schema["required"]) <= set(value) <= set(properties) and all(
+            fits(item, properties[name]) for name, item in value.items()
+        )
+    if schema["type"] == "integer":
+        return type(value) is int and schema["minimum"] <= value <= schema["maximum"]
+    if schema["type"] == "string":
+        return isinstance(value, str) and len(value) <= schema["maxLength"]
+    return isinstance(value, bool if schema["type"] == "boolean" else type(None))
+
+
+def test_random_schemas_always_parse(llm: LLM) -> None:
+    seen = set()
+    for seed in range(1000):
+        schema = random_schema(random.Random(seed))
+        asked: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        sampling: Any = {"temperature": seed % 3 / 2, "seed": seed, "top_k": 20 * (seed % 2)}
+        stream = llm.stream("Say:", max_tokens=400, response_format=asked, **sampling)
+        chunks = list(stream)
+        text = "".join(chunk.text for chunk in chunks)
+        assert chunks[-1].finish_reason == "stop", (schema, text)
+        assert fits(json.loads(text), schema), (schema, text)
+        seen.add(text)
+    assert len(seen) > 100
+
+
+@pytest.mark.parametrize("pattern", [r"[a-f]{3}-\d{2}", "yes|no", "(天空|é){2}", r"\d+ \w"])
+def test_regular_expressions(llm: LLM, pattern: str) -> None:
+    for seed in range(5):
+        text = llm.generate("x", regex=pattern, temperature=1.5, seed=seed, max_tokens=300)
+        assert re.fullmatch(pattern, text), text
+
+
+def test_grammars_and_json_objects(llm: LLM) -> None:
+    lark = 'start: "(" start ")" | NUMBER\nNUMBER: /[0-9]{1,3}/'
+    text = llm.generate("x", grammar=lark, temperature=1.0, seed=3, max_tokens=200)
+    assert re.fullmatch(r"(\(*)\d{1,3}(\)*)", text) and text.count("(") == text.count(")")
+    text = llm.chat("x", response_format={"type": "json_object"}, max_tokens=60, logit_bias={})
+    assert text.lstrip().startswith("{")
+    free = llm.generate("x", max_tokens=5, response_format={"type": "text"})
+    assert free == llm.generate("x", max_tokens=5)
+
+
+def test_an_answer_that_is_complete_ends_at_once(small: LLM) -> None:
+    chunks = list(small.stream("x", regex="abc", max_tokens=3, logprobs=1))
+    assert "".join(chunk.text for chunk in chunks) == "abc"
+    assert chunks[-1].finish_reason == "stop" and len(chunks) == 3
+    assert all(chunk.logprob is not None for chunk in chunks)
+    cut = list(small.stream("x", regex="abc", max_tokens=2))
+    assert cut[-1].finish_reason == "length"
+    # Optional rest: the model may end, and then with its end token only.
+    for seed in range(6):
+        text = small.generate("x", regex="a(bc)?", temperature=2.0, seed=seed, max_tokens=4)
+        assert text in ("a", "abc")
+
+
+def test_one_grammar_serves_many_answers(small: LLM) -> None:
+    options: Any = {"response_format": {"type": "json_schema", "schema": PERSON}, "seed": 1}
+    first = small.generate("x", max_tokens=110, temperature=0.5, **options)
+    assert small.generate("x", max_tokens=110, temperature=0.5, **options) == first
+    assert small._grammars is not None
+    grammars = small._grammars
+    small.generate("x", regex="a", max_tokens=2)
+    assert small._grammars is grammars
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"response_format": "json"}, "response_format must be"),
+        ({"response_format": {"type": "xml"}}, "response_format must be"),
+        ({"response_format": {"type": "json_schema"}}, "no schema"),
+        ({"response_format": {"type": "json_schema", "schema": {"a": {1}}}}, "not JSON"),
+        ({"response_format": {"type": "json_schema", "schema": {"type": "foo"}}}, "Invalid type"),
+        (
+            {"response_format": {"type": "json_schema", "schema": {"uniqueItems": True}}},
+            "JSON schema cannot be honoured: .*uniqueItems",
+        ),
+        ({"regex": "(a"}, "regex cannot be honoured"),
+        ({"regex": ""}, "regex must be a string"),
+        ({"grammar": "start: nope"}, "grammar cannot be honoured: .*nope"),
+        ({"regex": "a", "grammar": "b"}, "exclude each other"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos and regex exclude each other"),
+        ({"regex": "a", "min_tokens": 3}, "min_tokens and regex exclude each other"),
+    ],
+)
+def test_what_cannot_be_honoured_is_an_error(
+    small: LLM, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        small.stream("x", **options)
+
+
+def test_formats_of_two_spellings() -> None:
+    schema = {"type": "object"}
+    for spelling in ({"json_schema": {"name": "a", "schema": schema}}, {"schema": schema}):
+        asked = {"type": "json_schema", **spelling}
+        assert parse_grammar(asked, None, None) == Grammar("json_schema", json.dumps(schema))
+
+
+def test_without_the_extra(small: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setattr(small, "_grammars", None)
+    with pytest.raises(MinflashError, match=r'need llguidance: pip install "minflash\[grammar\]"'):
+        small.generate("x", regex="a")
