@@ -30,6 +30,8 @@ EPILOG = """examples:
   minflash run -m ./my-model --temperature 0.7 --seed 1 "Write a haiku about rain."
   git diff | minflash run --system "You write commit messages." -
   minflash run --raw --json "The capital of France is"
+  minflash chat
+  minflash serve --port 8000
   minflash convert HuggingFaceTB/SmolLM2-360M-Instruct -o smollm2 --quant int4
   minflash list
   minflash bench --shape llama-3.1-8b --quant int4
@@ -52,6 +54,7 @@ The model's chat template is applied when it has one; --raw completes the prompt
 Without sampling options the model's generation_config.json decides, else the most likely token.
 """
 _ADDED_COMMANDS = {  # in NAME_cli.py each
+    "chat": "talk with the model",
     "serve": "serve the model to OpenAI clients and browsers",
     "plan": "tell memory, context and speed of a model before it is loaded",
     "doctor": "check this machine and say what to do",

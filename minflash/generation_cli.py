@@ -23,10 +23,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), help="default: cuda if usable, else cpu")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen, and when the answer ends."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: str = "256") -> None:
+    """How tokens are chosen, and when the answer ends; ``max_tokens``: its default, in words."""
     add = parser.add_argument
-    add("--max-tokens", type=int, metavar="N", help="tokens to make at most (default: 256)")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens to make at most (default: {max_tokens})",
+    )
     add("--temperature", type=float, metavar="X", help="0: always the most likely token")
     add("--top-k", type=int, metavar="N", help="choose among the N most likely tokens; 0: off")
     add("--top-p", type=float, metavar="X", help="choose among tokens of this total probability")
