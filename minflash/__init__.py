@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .llm import LLM
     from .loading import load
     from .sampling import Sampling
+    from .scoring import Score
     from .shortcuts import chat, generate, stream
 
 _HOME = {
@@ -49,6 +50,7 @@ _HOME = {
     "LLM": "llm",
     "ModelConfig": "config",
     "Sampling": "sampling",
+    "Score": "scoring",
     "convert": "convert",
     "load": "loading",
 }  # public name -> the module that defines it
@@ -69,6 +71,7 @@ __all__ = [
     "Options",
     "Prompt",
     "Sampling",
+    "Score",
     "Stats",
     "TokenizerError",
     "__version__",

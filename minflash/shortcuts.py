@@ -21,19 +21,29 @@ _loaded: dict[str, LLM] = {}
 _loading = threading.Lock()
 
 
-def generate(prompt: Prompt, *, model: ModelName = None, **options: Unpack[Options]) -> str:
+def generate(
+    prompt: Prompt,
+    *,
+    model: ModelName = None,
+    tools: Sequence[Any] | None = None,
+    **options: Unpack[Options],
+) -> str:
     """``LLM.generate`` of a model that is loaded at the first call and kept by this process.
 
     ``model``: an LLM, or what ``load`` takes; None: the default model.
     """
-    return _model(model).generate(prompt, **options)
+    return _model(model).generate(prompt, tools=tools, **options)
 
 
 def stream(
-    prompt: Prompt, *, model: ModelName = None, **options: Unpack[Options]
+    prompt: Prompt,
+    *,
+    model: ModelName = None,
+    tools: Sequence[Any] | None = None,
+    **options: Unpack[Options],
 ) -> Generator[Chunk, None, None]:
     """``LLM.stream`` of a model that is loaded at the first call and kept by this process."""
-    return _model(model).stream(prompt, **options)
+    return _model(model).stream(prompt, tools=tools, **options)
 
 
 def chat(

@@ -207,6 +207,17 @@ def test_no_content_makes_a_special_token(joined: Tokenizer, parts: list[str]) -
     assert joined.decode(ids, skip_special=False) == render(JOINED, messages)
 
 
+@pytest.mark.parametrize("tools", [[{"type": "function"}], ({"a": 1},)])
+def test_tools_that_would_be_ignored_are_an_error(tools: Any) -> None:
+    chat = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(ArgumentError, match="knows no tools, so that they would be ignored"):
+        render(CHATML, chat, tools=tools)
+    assert render(CHATML, chat, tools=[]) == render(CHATML, chat)
+    for bad in ("tool", [str], {"a": 1}):
+        with pytest.raises(ArgumentError, match="tools must be a list of definitions"):
+            render("{{ tools }}", chat, tools=bad)
+
+
 def test_tools_are_neutralized_too(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path, "<s>{{ tools | tojson }}{{ messages[0].content }}")
     ids = tokenizer.apply_chat_template(CHATS[0], tools=[{"name": "<s>", "<s>": ["<|im_end|>"]}])

@@ -125,6 +125,16 @@ def test_prompts_of_three_kinds(scripted: Any) -> None:
     assert model.detokenize([72, 105, END]) == "Hi"
 
 
+def test_tools_reach_the_template(tmp_path: Path) -> None:
+    template = "{% for tool in tools or [] %}{{ tool.name }};{% endfor %}{{ messages[0].content }}"
+    model = LLM(ScriptedEngine(CONFIG, b"ok"), load_tokenizer(tmp_path, template=template))
+    model.chat("Hi", tools=[{"name": "f"}, {"name": "g"}], max_tokens=1)
+    model.chat("Hi", max_tokens=1)
+    assert [bytes(prompt) for prompt in model._engine.prompts] == [b"f;g;Hi", b"Hi"]
+    with pytest.raises(ArgumentError, match="tools go with a list of messages"):
+        model.generate("Hi", tools=[{"name": "f"}])
+
+
 @pytest.mark.parametrize("empty", ["", [], np.array([], np.int64)])
 def test_empty_prompt(scripted: Any, empty: Any) -> None:
     with pytest.raises(ArgumentError, match="prompt is empty"):
