@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_models import RandomModel, model_config
-from test_reuse import cpu_engine, cuda_engine
+from test_reuse import cpu_engine, cuda_engine, gpu_engine
+from test_sampling import draws
 
 import minflash
 from minflash.choosing import Chooser
@@ -87,7 +88,7 @@ def test_a_bias_for_a_token_that_the_model_does_not_have(llm: LLM) -> None:
 
 
 def test_penalties_change_the_distribution_as_they_say() -> None:
-    """Chi-square of draws with everything on, 4 kept cells; 21.1: 0.9999 quantile of 3 degrees."""
+    """Chi-square of draws with everything on, 4 cells; 21.1 is the 0.9999 quantile of 3 degrees."""
     sampling = Sampling(
         temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.4,
         frequency_penalty=0.2, logit_bias=((3, 0.7),), top_k=4,
@@ -95,8 +96,8 @@ def test_penalties_change_the_distribution_as_they_say() -> None:
     scores = adjusted(LOGITS, sampling, [1], [4, 0, 4])
     kept = np.sort(np.argsort(-scores)[:4])
     goal = np.exp(scores[kept]) / np.exp(scores[kept]).sum()
-    n = 20_000
-    counts = np.bincount([sample(scores, sampling, i) for i in range(n)], minlength=5)[kept]
+    n = 100_000
+    counts = np.bincount(draws(scores, sampling, n), minlength=5)[kept]
     assert counts.sum() == n
     assert np.sum((counts - n * goal) ** 2 / (n * goal)) < 21.1
 
@@ -141,7 +142,9 @@ def test_logprobs(llm: LLM) -> None:
     assert next(llm.stream("Hi", max_tokens=1)).logprob is None
 
 
-@pytest.mark.parametrize("make", [cpu_engine, cuda_engine], ids=["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "make", [cpu_engine, cuda_engine, pytest.param(gpu_engine, marks=pytest.mark.gpu)]
+)
 def test_the_host_chooses_the_same_on_both_engines(make: Any) -> None:
     model = RandomModel(model_config(), "bf16", seed=3)
     prompt = [5, 77, 300, 12, 9, 250, 31, 8, 119, 64]

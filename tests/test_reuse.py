@@ -17,6 +17,7 @@ import minflash
 from minflash.checkpoint import Checkpoint
 from minflash.config import RopeConfig
 from minflash.cuda_engine import CudaEngine
+from minflash.device import CudaDevice
 from minflash.engine import CpuEngine, Engine
 from minflash.errors import CheckpointError, ContextError, MinflashError
 from minflash.kept import KeptTokens
@@ -47,9 +48,21 @@ def cuda_engine(model: RandomModel, max_context: int = 64) -> CudaEngine:
     return CudaEngine.over(step)
 
 
-@pytest.fixture(params=[cpu_engine, cuda_engine], ids=["cpu", "cuda"])
-def engine(request: pytest.FixtureRequest, model: RandomModel) -> Iterator[Engine]:
-    engine = request.param(model)
+def gpu_engine(model: RandomModel, max_context: int = 64) -> CudaEngine:
+    return CudaEngine.over(StepModel(model, CudaDevice(), max_context))
+
+
+@pytest.fixture(
+    params=[cpu_engine, cuda_engine, pytest.param(gpu_engine, marks=pytest.mark.gpu)],
+    ids=["cpu", "emulated", "gpu"],
+)
+def make(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def engine(make: Any, model: RandomModel) -> Iterator[Engine]:
+    engine = make(model)
     yield engine
     engine.close()
 
@@ -170,12 +183,12 @@ def test_the_second_turn_of_a_conversation_starts_at_once() -> None:
 
 
 def test_a_saved_state_goes_on_in_another_engine(
-    engine: Engine, model: RandomModel, tmp_path: Path
+    engine: Engine, make: Any, model: RandomModel, tmp_path: Path
 ) -> None:
     answer, _ = forwarded(engine, PROMPT, 6)
     path = tmp_path / "state.safetensors"
     save(path, engine, "model")
-    other = cpu_engine(model) if engine.device == "cpu" else cuda_engine(model)
+    other = make(model)
     assert load(path, other, "model") == len(PROMPT) + 5
     assert forwarded(other, [*PROMPT, *answer[:4]], 2) == (answer[4:], 1 + 1)
     assert sorted(tmp_path.iterdir()) == [path]

@@ -75,6 +75,19 @@ def test_masked_logits_are_never_drawn():
     assert draws == {13, 49}
 
 
+def draws(logits: np.ndarray, sampling: Sampling, n: int) -> np.ndarray:
+    """``sample`` for the positions 0 to n - 1 at once; the first ones are compared with it."""
+    scaled = logits / np.float32(sampling.temperature)
+    scores = np.where(scaled >= threshold(scaled, sampling), scaled, np.float32(-np.inf))
+    blocks = -(-scores.size // 4)
+    counters = np.zeros((n, blocks, 4), np.uint32)
+    counters[:, :, 0], counters[:, :, 1] = np.arange(blocks), np.arange(n)[:, None]
+    words = philox4x32(counters.reshape(-1, 4), (sampling.seed & 0xFFFFFFFF, sampling.seed >> 32))
+    tokens = np.argmax(scores + gumbel(words.reshape(n, -1)[:, : scores.size]), axis=1)
+    assert tokens[:300].tolist() == [sample(logits, sampling, place) for place in range(300)]
+    return tokens
+
+
 def test_filters_by_hand():
     probabilities = [0.05, 0.4, 0.1, 0.25, 0.2]
     assert kept(probabilities) == [0, 1, 2, 3, 4]
@@ -105,6 +118,9 @@ def test_ties_at_the_edge_are_kept():
         (Sampling(temperature=1.0, top_k=3, seed=12), [0, 0.4, 0, 0, 0.25, 0.2]),
         (Sampling(temperature=1.0, top_p=0.8, seed=13), [0, 0.4, 0, 0, 0.25, 0.2]),
         (Sampling(temperature=1.0, min_p=0.2, seed=14), [0, 0.4, 0.1, 0, 0.25, 0.2]),
+        (Sampling(temperature=1.0, top_k=5, top_p=0.9, seed=16), [0, 0.4, 0.1, 0, 0.25, 0.2]),
+        (Sampling(temperature=1.0, top_k=5, min_p=0.3, seed=17), [0, 0.4, 0, 0, 0.25, 0.2]),
+        (Sampling(temperature=1.0, top_p=0.97, min_p=0.11, seed=18), [0, 0.4, 0.1, 0, 0.25, 0.2]),
         (Sampling(temperature=2.0, top_k=4, top_p=0.9, min_p=0.1, seed=15),
          [0, 0.4**0.5, 0.1**0.5, 0, 0.5, 0.2**0.5]),
     ],
@@ -112,8 +128,8 @@ def test_ties_at_the_edge_are_kept():
 def test_draws_follow_the_distribution(sampling, expected):
     """Chi-square with 6 cells; 25.7 is the 0.9999 quantile of 5 degrees of freedom."""
     logits = log_probabilities(0.04, 0.4, 0.1, 0.01, 0.25, 0.2)
-    n = 6_000
-    counts = np.bincount([sample(logits, sampling, i) for i in range(n)], minlength=6)
+    n = 100_000
+    counts = np.bincount(draws(logits, sampling, n), minlength=6)
     goal = np.array(expected) / sum(expected) * n
     assert np.all(counts[goal == 0] == 0)
     cells = goal > 0
