@@ -30,9 +30,9 @@ def missing() -> str | None:
 class Browser:
     """One page."""
 
-    def __init__(self, address: str, profile: Path, dark: bool = False) -> None:
+    def __init__(self, address: str, profile: Path) -> None:
         self._address = address
-        arguments = [*OPTIONS, f"--user-data-dir={profile}", *["--force-dark-mode"] * dark]
+        arguments = [*OPTIONS, f"--user-data-dir={profile}"]
         chrome = {"binary": shutil.which("chromium"), "args": arguments}
         wanted = {"browserName": "chrome", "goog:chromeOptions": chrome}
         wanted["goog:loggingPrefs"] = {"browser": "ALL"}
@@ -75,7 +75,7 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(profile: Path, dark: bool = False) -> Iterator[Browser]:
+def browser(profile: Path) -> Iterator[Browser]:
     """A browser with a fresh profile in the folder ``profile``."""
     command = ["chromedriver", "--port=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -83,7 +83,7 @@ def browser(profile: Path, dark: bool = False) -> Iterator[Browser]:
     try:
         lines = (line.decode() for line in process.stdout)
         port = next(found[1] for line in lines if (found := re.search(r"on port (\d+)\.", line)))
-        page = Browser(f"http://127.0.0.1:{port}", profile, dark)
+        page = Browser(f"http://127.0.0.1:{port}", profile)
         try:
             yield page
         finally:
