@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     frequency_penalty: float | None  # the same by how often a token came; 0: off
     logit_bias: Mapping[int, float] | None  # token id -> what is added to its logit
     logprobs: int | None  # Chunk.logprob, and so many of the likeliest in top_logprobs; 0 to 100
+    # The form of the answer. One that max_tokens cuts is incomplete: finish_reason "length".
     response_format: Mapping[str, Any] | None  # {"type": "json_schema", ...} or "json_object"
     regex: str | None  # the whole text matches it
     grammar: str | None  # the whole text follows this Lark grammar

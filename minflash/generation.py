@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .choosing import Chooser, Constraint
 from .chunk import NO_TOKEN, Chunk, Clock
+from .notice import logger
 from .sampling import Sampling
 from .stopping import TextStream
 
@@ -64,6 +65,12 @@ def run(
             if reason is None:
                 yield Chunk(piece, token, logprob, top)
                 continue
+            if reason == "length" and job.constraint is not None:
+                logger.warning(
+                    "the answer was cut after %d tokens, before its grammar was complete; give it "
+                    "a larger max_tokens",
+                    job.count,
+                )
             piece, stats = piece + text.flush(), clock.stats(engine)
             yield Chunk(piece, token, logprob, top, finish_reason=reason, stats=stats)
             return

@@ -26,7 +26,7 @@ SOURCES = sorted((ROOT / "minflash").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 DECLARED = {
     *("numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "cupy", "cupy_backends"),
-    *("jinja2", "gguf"),  # extras
+    *("jinja2", "gguf", "llguidance", "llm", "starlette", "uvicorn"),  # extras
     "typing_extensions",  # only for type checkers, which bring it
 }
 HEAVY = ("cupy", "tokenizers", "torch", "huggingface_hub", "jinja2", "gguf")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import minflash
+from minflash.cli import main
 from minflash.errors import ArgumentError, MinflashError
 from minflash.llm import LLM
 from minflash.resources import resource_dir
@@ -22,7 +23,10 @@ pytest.importorskip("llguidance", reason='needs pip install "minflash[grammar]"'
 
 PERSON = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -116,13 +120,16 @@ def test_grammars_and_json_objects(llm: LLM) -> None:
     assert free == llm.generate("x", max_tokens=5)
 
 
-def test_an_answer_that_is_complete_ends_at_once(small: LLM) -> None:
+def test_an_answer_that_is_complete_ends_at_once(
+    small: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
     chunks = list(small.stream("x", regex="abc", max_tokens=3, logprobs=1))
     assert "".join(chunk.text for chunk in chunks) == "abc"
     assert chunks[-1].finish_reason == "stop" and len(chunks) == 3
     assert all(chunk.logprob is not None for chunk in chunks)
     cut = list(small.stream("x", regex="abc", max_tokens=2))
     assert cut[-1].finish_reason == "length"
+    assert "the answer was cut after 2 tokens, before its grammar was complete" in caplog.text
     # Optional rest: the model may end, and then with its end token only.
     for seed in range(6):
         text = small.generate("x", regex="a(bc)?", temperature=2.0, seed=seed, max_tokens=4)
@@ -178,3 +185,22 @@ def test_without_the_extra(small: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small, "_grammars", None)
     with pytest.raises(MinflashError, match=r'need llguidance: pip install "minflash\[grammar\]"'):
         small.generate("x", regex="a")
+
+
+def test_the_command_line_knows_the_options(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "schema.json").write_text(json.dumps(PERSON))
+    (tmp_path / "grammar.lark").write_text('start: "abc"')
+    run = ["run", "-m", str(converted), "--device", "cpu", "--raw", "x", "--max-tokens", "120"]
+    assert main([*run, "--json-schema", str(tmp_path / "schema.json"), "--seed", "1"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"name", "age"}
+    assert main([*run, "--grammar", str(tmp_path / "grammar.lark")]) == 0
+    assert capsys.readouterr().out == "abc\n"
+    assert main([*run, "--regex", "ab", "--json", "--logprobs", "2", "--logit-bias", "5=1"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert [token["id"] for token in tokens] == [97, 98]
+    assert all(len(token["top_logprobs"]) == 2 for token in tokens)
+    for wrong in (["--json-schema", "no file"], ["--logit-bias", "5"], ["--logprobs", "-1"]):
+        assert main([*run, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
