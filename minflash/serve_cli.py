@@ -88,6 +88,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ArgumentError(
                 f"--{name} must be from {least} to {most}, found {getattr(args, name)}"
             )
+    if args.api_key == "":  # an unset variable of a shell must not open the server
+        raise ArgumentError("--api-key is empty; leave it out to serve everybody")
     if args.max_request_bytes < 1:
         raise ArgumentError(
             f"--max-request-bytes must be at least 1, found {args.max_request_bytes}"

@@ -145,9 +145,7 @@ class Service:
         except ClientDisconnect:
             response = Response(status_code=_CLIENT_LEFT)
         except Exception as error:
-            if not isinstance(error, (ApiError, MinflashError)):
-                _log.exception("%s failed", path)
-            response = error_response(api_error(error))
+            response = error_response(_told(error, path))
         labels = {"path": path, "status": str(response.status_code)}
         self.metrics.add("minflash_requests_total", labels=labels)
         return response
@@ -177,6 +175,7 @@ class Service:
 
     async def _generate(self, request: Request, asked: Generation) -> Response:
         self._check_model(asked.model)
+        self.queue.check_room()  # before any work
         try:
             tokens, before = await asyncio.to_thread(self._prepare, asked)
         except MinflashError as error:
@@ -264,9 +263,15 @@ async def _events(
             yield sse(answer.closing(job.tokens, last.stats))
         yield SSE_END
     except Exception as error:
-        if not isinstance(error, ApiError):
-            _log.exception("a stream failed")
-        yield sse(api_error(error).body())
+        yield sse(_told(error, "a stream").body())
+
+
+def _told(error: Exception, place: str) -> ApiError:
+    """The error as clients see it; what is not their doing goes to the log too."""
+    answer = api_error(error)
+    if answer is not error and answer.status >= 500:
+        _log.error("%s: %s: %s", place, type(error).__name__, error, exc_info=error)
+    return answer
 
 
 def create_app(llm: LLM, settings: Settings | None = None) -> Starlette:

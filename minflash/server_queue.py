@@ -106,8 +106,8 @@ class ModelQueue:
     def waiting(self) -> int:
         return len(self._futures) - self.running
 
-    def submit(self, job: Job) -> None:
-        """Puts a job at the end. Raises ApiError: 429 when the queue is full, 503 at the end."""
+    def check_room(self) -> None:
+        """Raises ApiError unless a job may come: 429 when the queue is full, 503 at the end."""
         if self.closing:
             raise _closing()
         if len(self._futures) > self.limit:
@@ -120,6 +120,10 @@ class ModelQueue:
                 code="queue_full",
                 headers={"Retry-After": seconds},
             )
+
+    def submit(self, job: Job) -> None:
+        """Puts a job at the end. Raises ApiError as ``check_room``."""
+        self.check_room()
         future = self._futures[job] = self._thread.submit(job.run)
         loop = asyncio.get_running_loop()
 

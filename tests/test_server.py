@@ -20,6 +20,7 @@ import pytest
 from web_server import PacedLLM, Server, running, until
 
 import minflash
+from minflash import cli
 from minflash.resources import resource_dir
 from minflash.server import Settings
 
@@ -547,6 +548,27 @@ def test_a_port_in_use_is_one_line(server: Server) -> None:
     command = [sys.executable, "-m", "minflash", "serve", "--port", str(server.port)]
     done = subprocess.run(command, capture_output=True, timeout=60)
     assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and b"--port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--api-key", ""), "--api-key"),
+        (("--port", "70000"), "65535"),
+        (("--queue", "-1"), "--queue"),
+        (("--max-request-bytes", "0"), "at least 1"),
+    ],
+)
+def test_wrong_usage(capsys: Any, arguments: tuple[str, ...], word: str) -> None:
+    assert cli.main(["serve", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1
+
+
+def test_without_the_extra(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.main(["serve"]) == 1
+    assert 'pip install "minflash[server]"' in capsys.readouterr().err
 
 
 def test_page(server: Server) -> None:
