@@ -21,10 +21,11 @@ class Stats:
 
     prompt_tokens: int
     generation_tokens: int  # the end-of-text token included
-    prompt_tps: float  # prompt tokens by the time to the first token
+    prompt_tps: float  # prompt tokens that were read by the time to the first token
     generation_tps: float  # tokens after the first by the time after the first; 0 with one token
     time_to_first_token: float  # seconds
     peak_memory_bytes: int  # on the CPU: the largest size this process had so far
+    reused_tokens: int = 0  # of the prompt: in the cache already, and not read again
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Clock:
         return Stats(
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.tokens,
-            prompt_tps=self.prompt_tokens / to_first if to_first else 0.0,
+            prompt_tps=(self.prompt_tokens - engine.reused) / to_first if to_first else 0.0,
             generation_tps=(self.tokens - 1) / after if after else 0.0,
             time_to_first_token=to_first,
             peak_memory_bytes=peak_memory_bytes(engine),
+            reused_tokens=engine.reused,
         )

@@ -84,7 +84,7 @@ class CudaEngine:
         self._model: StepModel | None = model
         self.config, self.max_context = model.config, model.max_context
         self.peak_memory_bytes = model.nbytes
-        self.forwarded = 0
+        self.forwarded = self.reused = 0
         self._kept = KeptTokens(model.config)
         self._columns = 0  # of the step that was launched last
 
@@ -199,8 +199,8 @@ class CudaEngine:
         when cancelled.
         """
         ticket = 0
-        first = self._kept.shared(prompt)
-        for number, begin in enumerate(range(first, len(prompt), MANY_COLUMNS), start=1):
+        self.reused = self._kept.shared(prompt)
+        for number, begin in enumerate(range(self.reused, len(prompt), MANY_COLUMNS), start=1):
             part = prompt[begin : begin + MANY_COLUMNS]
             last = begin + len(part) == len(prompt)
             ticket = self._step(

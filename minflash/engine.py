@@ -44,6 +44,7 @@ class Engine(Protocol):
     max_context: int  # positions
     device: str
     forwarded: int  # tokens that went through the model so far, for tests and figures
+    reused: int  # tokens of the last prompt that were in the cache already
 
     def tokens(
         self,
@@ -108,7 +109,7 @@ class CpuEngine:
 
         self.config = checkpoint.config
         self.max_context = cpu_context(checkpoint, max_context)
-        self.forwarded = 0
+        self.forwarded = self.reused = 0
         self._kept = KeptTokens(self.config)
         self._reference: Reference | None = Reference(checkpoint, max_context=self.max_context)
 
@@ -124,7 +125,8 @@ class CpuEngine:
         from .sampling import sample
 
         logits, end = None, len(prompt) + count
-        for logits in self._parts(prompt, self._kept.shared(prompt)):  # noqa: B007 (the last counts)
+        self.reused = self._kept.shared(prompt)
+        for logits in self._parts(prompt, self.reused):  # noqa: B007 (the last counts)
             if cancelled is not None and cancelled():
                 return
         assert logits is not None

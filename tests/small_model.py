@@ -71,7 +71,7 @@ class ScriptedEngine:
         self.script = list(script)
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
-        self.produced = 0
+        self.produced = self.reused = 0
         self.running = 0
         self.most_running = 0
         self.closed = 0

@@ -231,6 +231,7 @@ def test_states_of_an_llm(converted: Path, tmp_path: Path) -> None:
         assert llm.load_state(path) == len("Once upon") + 7
         assert llm.generate("Once upon", max_tokens=8, ignore_eos=True) == text
         assert llm._engine.forwarded == 1 + 7
+        assert llm.last_stats is not None and llm.last_stats.reused_tokens == 8
         llm.reset()
         llm.generate("Once upon", max_tokens=1)
         assert llm._engine.forwarded == 8 + 9
