@@ -24,7 +24,7 @@ from .step_model import CHAINED, StepModel
 from .tensors import expected_tensors
 from .tuning import choose
 
-_CEILING_BYTES = 4 << 30
+CEILING_BYTES = 4 << 30  # that reading is measured on
 _END_TO_END_TOKENS = 256
 _READ_KERNEL = r"""
 extern "C" __global__ void __launch_bounds__(1024, 1)
@@ -135,20 +135,20 @@ def read_ceiling(device: CudaDevice) -> float:
     """GB/s of plain 16-byte loads over 4 GiB, the best of several runs."""
     import cupy
 
-    data = cupy.zeros(_CEILING_BYTES, cupy.uint8)
+    data = cupy.zeros(CEILING_BYTES, cupy.uint8)
     sink = cupy.zeros(1, cupy.uint32)
     kernel = cupy.RawKernel(_READ_KERNEL, "read_all")
     grid = device.facts.multiprocessors
 
     def run() -> None:
         with device.stream:
-            kernel((grid,), (1024,), (data, cupy.uint64(_CEILING_BYTES // 16), sink))  # noqa: F821
+            kernel((grid,), (1024,), (data, cupy.uint64(CEILING_BYTES // 16), sink))  # noqa: F821
 
     device.milliseconds(run)
     best = min(device.milliseconds(run) for _ in range(7))
     del data
     cupy.get_default_memory_pool().free_all_blocks()
-    return _CEILING_BYTES / best / 1e6
+    return CEILING_BYTES / best / 1e6
 
 
 class Bench:

@@ -246,9 +246,10 @@ def room_of_this_machine() -> Room | None:
 
     if cuda_problem():
         return None
-    from .bench import read_ceiling
+    from .bench import CEILING_BYTES, read_ceiling
     from .device import CudaDevice
 
     device = CudaDevice()
     free = device.free_bytes()
-    return Room(device.name, free, read_ceiling(device), device.facts, "measured")
+    speed = read_ceiling(device) if free > 2 * CEILING_BYTES else None
+    return Room(device.name, free, speed, device.facts, "measured")

@@ -93,3 +93,13 @@ def test_exit_codes_and_json(
 def test_no_secret_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert not any("hf_secret" in finding.detail for finding in doctor._environment())
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_found_and_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = examine()
+    assert status(findings, "driver") == {OK} and status(findings, "card 0") == {OK}
+    assert main(["plan", "--shape", "llama-3.2-1b", "--quant", "int4", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fits"] and facts["bandwidth_origin"] == "measured"
+    assert 100 < facts["gb_per_s"] < 20000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -12,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_model import write_source
 
 import minflash
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+PACKAGE = str(Path(minflash.__file__).parent.parent)  # for programs that run elsewhere
+PATHS = os.pathsep.join(filter(None, [PACKAGE, os.environ.get("PYTHONPATH")]))
+
+
 @pytest.fixture
 def environment(converted: Path) -> dict[str, str]:
-    return {**os.environ, "MINFLASH_MODEL": str(converted), "MINFLASH_DEVICE": "cpu"}
+    chosen = {"MINFLASH_MODEL": str(converted), "MINFLASH_DEVICE": "cpu", "PYTHONPATH": PATHS}
+    return {**os.environ, **chosen}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -103,10 +110,14 @@ def test_the_window_shows_an_answer(display: None, converted: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_own_work_on_another_stream() -> None:
+def test_own_work_on_another_stream(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", "llama_head_dim_96")
+    longer = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": 1024}
+    (source / "config.json").write_text(json.dumps(longer))
+    model = minflash.convert(source, tmp_path / "model", progress=False)
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "own_stream.py")],
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, str(EXAMPLES / "own_stream.py"), str(model)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": PATHS},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "same text" in done.stdout
