@@ -49,9 +49,10 @@ def test_the_assistant_answers_until_the_end_of_input(environment: dict[str, str
 def test_the_web_service_streams_and_refuses(
     converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("starlette")
-    pytest.importorskip("httpx")
-    from starlette.testclient import TestClient
+    try:
+        from starlette.testclient import TestClient
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its HTTP library is missing
+        pytest.skip(f"starlette's test client cannot be used: {error}")
 
     monkeypatch.setenv("MINFLASH_MODEL", str(converted))
     monkeypatch.setenv("MINFLASH_DEVICE", "cpu")
