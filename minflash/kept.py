@@ -1,7 +1,8 @@
 """What a KV cache holds, so that a prompt begins where it first differs from the sequence before.
 
-Keys that are reused were made in other pieces than a fresh start would make them, so that results
-may differ within the rounding of float32; ``reset`` gives a fresh start.
+Keys that are reused may have been made in other pieces than a fresh start would make them (those of
+tokens that the model chose: one by one), so that results may differ within rounding; ``reset``
+gives a fresh start.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class LLM:
         """Forgets the last sequence: the next prompt is read from its beginning.
 
         Without it a prompt begins where it first differs from the last sequence, which can change
-        results within the rounding of float32.
+        results within the rounding of the arithmetic.
         """
         with self._turn():
             self._engine.reset()

@@ -159,7 +159,7 @@ def test_the_host_chooses_the_same_on_both_engines(make: Any) -> None:
     before = engine.forwarded
     again = Chooser(sampling, prompt, logprobs=1)
     assert list(engine.tokens(prompt, sampling, 6, choose=again)) == expected
-    assert engine.forwarded - before == 1 + 5
+    assert engine.forwarded - before == (1 if engine.device == "cpu" else 2) + 5
     plain = Sampling(temperature=0.8, top_k=40, seed=7)
     drawn = list(engine.tokens(prompt, plain, 6))
     assert list(engine.tokens(prompt, plain, 6, choose=Chooser(plain, prompt))) == drawn

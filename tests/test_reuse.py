@@ -72,18 +72,23 @@ def forwarded(engine: Engine, prompt: list[int], count: int = 1) -> tuple[list[i
     return list(engine.tokens(prompt, GREEDY, count)), engine.forwarded - before
 
 
+def part(engine: Engine, shared: int, prompt: list[int]) -> int:
+    """Tokens of a prompt that are read: on the GPU from the step on that holds the first."""
+    return len(prompt) - (shared if engine.device == "cpu" else shared // 8 * 8)
+
+
 def test_only_what_differs_is_read(engine: Engine, model: RandomModel) -> None:
     answer, read = forwarded(engine, PROMPT, 5)
     assert read == len(PROMPT) + 4  # the last token is never read
     turn = [*PROMPT, *answer, 7, 8, 9]
     fresh, _ = forwarded(cpu_engine(model), turn, 5)
-    assert forwarded(engine, turn, 5) == (fresh, 1 + 3 + 4)
+    assert forwarded(engine, turn, 5) == (fresh, part(engine, len(turn) - 4, turn) + 4)
     # The same prompt again: its last token is read once more, as it gives the logits.
-    assert forwarded(engine, turn, 5) == (fresh, 1 + 4)
+    assert forwarded(engine, turn, 5) == (fresh, part(engine, len(turn) - 1, turn) + 4)
     other = [*PROMPT[:4], 1, 2]
     fresh, _ = forwarded(cpu_engine(model), other, 3)
-    assert forwarded(engine, other, 3) == (fresh, 2 + 2)
-    assert forwarded(engine, PROMPT, 5) == (answer, len(PROMPT) - 4 + 4)
+    assert forwarded(engine, other, 3) == (fresh, part(engine, 4, other) + 2)
+    assert forwarded(engine, PROMPT, 5) == (answer, part(engine, 4, PROMPT) + 4)
     engine.reset()
     assert forwarded(engine, PROMPT, 5) == (answer, len(PROMPT) + 4)
 
@@ -102,14 +107,15 @@ def test_a_closed_or_cancelled_generation_leaves_a_true_cache(
     looks = iter([False, False, True])
     cancelled = engine.tokens([3, *PROMPT], GREEDY, 20, cancelled=lambda: next(looks, True))
     assert len(list(cancelled)) <= 3
-    assert forwarded(engine, [3, *PROMPT], 1)[1] <= 2
+    again = [3, *PROMPT]
+    assert forwarded(engine, again, 1)[1] == part(engine, len(PROMPT), again)
     assert forwarded(engine, PROMPT, 8)[0] == expected
 
 
 def test_logits_and_a_prompt_after_them(engine: Engine, model: RandomModel) -> None:
     expected, _ = forwarded(cpu_engine(model), PROMPT, 4)
     whole = engine.logits(PROMPT)
-    assert forwarded(engine, PROMPT, 4) == (expected, 1 + 3)
+    assert forwarded(engine, PROMPT, 4) == (expected, part(engine, len(PROMPT) - 1, PROMPT) + 3)
     np.testing.assert_array_equal(engine.logits(PROMPT), whole)
     np.testing.assert_array_equal(np.concatenate(list(engine.logit_parts(PROMPT))), whole)
 
@@ -190,7 +196,8 @@ def test_a_saved_state_goes_on_in_another_engine(
     save(path, engine, "model")
     other = make(model)
     assert load(path, other, "model") == len(PROMPT) + 5
-    assert forwarded(other, [*PROMPT, *answer[:4]], 2) == (answer[4:], 1 + 1)
+    turn = [*PROMPT, *answer[:4]]
+    assert forwarded(other, turn, 2) == (answer[4:], part(other, len(turn) - 1, turn) + 1)
     assert sorted(tmp_path.iterdir()) == [path]
     other.reset()
     save(path, other, "model")
@@ -242,3 +249,20 @@ def test_states_of_an_llm(converted: Path, tmp_path: Path) -> None:
     engine = CpuEngine(cast(Checkpoint, RandomModel(CONFIG, "bf16")), 32)
     with LLM(engine) as llm, pytest.raises(MinflashError, match="not loaded from files"):
         llm.save_state(path)
+
+
+def test_the_same_prompt_gives_the_same_bits_on_the_gpu(model: RandomModel) -> None:
+    engine, seen = cuda_engine(model), []
+
+    def note(logits: Any, position: int) -> int:
+        seen.append(logits.copy())
+        return int(logits.argmax())
+
+    for _ in range(2):
+        list(engine.tokens(PROMPT, GREEDY, 3, choose=note))
+    list(engine.tokens([*PROMPT, 1, 2, 3], GREEDY, 1, choose=note))
+    np.testing.assert_array_equal(seen[:3], seen[3:6])
+    engine.reset()
+    list(engine.tokens([*PROMPT, 1, 2, 3], GREEDY, 1, choose=note))
+    np.testing.assert_array_equal(seen[6], seen[7])
+    engine.close()
