@@ -199,8 +199,8 @@ class CudaEngine:
         when cancelled.
         """
         ticket = 0
-        # In the pieces of a fresh start, which costs no step more: asking the same prompt again then
-        # gives the same bits.
+        # In the pieces of a fresh start, which costs no step more: asking the same prompt again
+        # then gives the same bits.
         self.reused = self._kept.shared(prompt) // MANY_COLUMNS * MANY_COLUMNS
         for number, begin in enumerate(range(self.reused, len(prompt), MANY_COLUMNS), start=1):
             part = prompt[begin : begin + MANY_COLUMNS]
