@@ -259,24 +259,26 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
 // A partial result over part of the past: maximum, sum, and the weighted values of one dim.
 struct Part { float maximum = -kInfinity, sum = 0, value = 0; };
 
-// Parts 0 to count - 1 as one, in order, eight at a time so that their reads overlap.
-template <class Get>
+// Parts 0 to count - 1 as one, in order, several at a time so that their reads overlap: as many as the
+// registers of the kernel allow.
+template <class Map, class Get>
 __device__ __forceinline__ Part combined(int count, Get get) {
+  constexpr int kAtOnce = Map::kColumns == 1 ? 8 : 2;
   Part all;
 #pragma unroll 1
-  for (int first = 0; first < count; first += 8) {
-    Part parts[8];
+  for (int first = 0; first < count; first += kAtOnce) {
+    Part parts[kAtOnce];
     float top = all.maximum;
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < kAtOnce; i++)
       if (first + i < count) parts[i] = get(first + i);
 #pragma unroll
-    for (int i = 0; i < 8; i++) top = fmaxf(top, parts[i].maximum);
+    for (int i = 0; i < kAtOnce; i++) top = fmaxf(top, parts[i].maximum);
     if (top == -kInfinity) continue;
     const float before = ex2_approx(all.maximum - top);
     all = {top, all.sum * before, all.value * before};
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < kAtOnce; i++) {
       const float weight = ex2_approx(parts[i].maximum - top);
       all.sum += parts[i].sum * weight;
       all.value += parts[i].value * weight;
@@ -292,7 +294,7 @@ __device__ __forceinline__ void combine_slots(int rows, Put put) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * kHeadDim; i += kConsumers) {
     const int row = i / kHeadDim, d = i % kHeadDim;
-    put(row, d, combined(Map::kSlots, [&](int slot) {
+    put(row, d, combined<Map>(Map::kSlots, [&](int slot) {
           const int at = slot * kRows + row;
           return Part{s.sums[at * 2], s.sums[at * 2 + 1], s.outputs[at * kHeadDim + d]};
         }));
@@ -345,7 +347,7 @@ __device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, 
 #pragma unroll 1
     for (int j = threadIdx.x; j < rows * kHeadDim; j += kConsumers) {
       const int row = j / kHeadDim, d = j % kHeadDim;
-      finish(row, d, combined(plan.splits, [&](int split) {
+      finish(row, d, combined<Map>(plan.splits, [&](int split) {
                const float* p = parts + (split * kRows + row) * kRow;
                return Part{ld_cg(p), ld_cg(p + 1), ld_cg(p + 2 + d)};
              }));
