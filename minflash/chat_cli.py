@@ -91,7 +91,7 @@ class Terminal:
         lines = [line]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
-            lines.append(self._line("… ", end=""))
+            lines.append(self._line("... ", end=""))
         return "\n".join(lines).strip()
 
     def write(self, text: str) -> None:
@@ -107,7 +107,7 @@ class Terminal:
     def _block(self, line: str) -> str:
         lines = [line]
         while not lines[-1].rstrip().endswith(QUOTES):
-            lines.append(self._line("… ", end=QUOTES))
+            lines.append(self._line("... ", end=QUOTES))
         lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
         return "\n".join(lines).strip("\n")
 

@@ -160,6 +160,8 @@ async def _serve(llm: LLM, settings: Any, bound: socket.socket) -> None:
                 await asyncio.sleep(0.02)
             await queue.close()  # a second Ctrl-C waits no longer
             await super().shutdown(sockets)
+            if self.force_exit:  # uvicorn leaves this out then
+                await self.lifespan.shutdown()
 
     config = uvicorn.Config(
         app,

@@ -514,6 +514,17 @@ def test_shutdown_finishes_what_runs(program: Any, number: int) -> None:
     assert process.stderr.read() == b""
 
 
+def test_the_second_interrupt_waits_for_nothing(program: Any) -> None:
+    process, server = program
+    plain = send_raw(server, {"messages": MESSAGES, "ignore_eos": True, "stream": True})
+    assert plain.recv(100).startswith(b"HTTP/1.1 200")
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    plain.close()
+    assert b"Traceback" not in process.stderr.read()
+
+
 def test_shutdown_stops_what_takes_too_long(llm: minflash.LLM) -> None:
     import asyncio
 
