@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 from browser import browser, missing
-from web_server import PacedLLM, running, until
+from web_server import TINY, PacedLLM, running, until
 
 import minflash
 from minflash.chunk import Chunk
-from minflash.resources import resource_dir
 from minflash.server import Settings
 from minflash.server_page import load_page
 
-TINY = resource_dir("weights") / "tiny"
 EVIL = '<img src=x onerror="document.title=\'broken\'"><b>bold</b> & "quotes"\n\n'
 ENTER, ESCAPE = "\ue007", "\ue00c"
 

@@ -12,11 +12,17 @@ import urllib.request
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import openai
 import uvicorn
 
 from minflash.chunk import Chunk
 from minflash.llm import LLM
+from minflash.resources import resource_dir
 from minflash.server import Settings, create_app
+
+TINY = resource_dir("weights") / "tiny"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
 
 class PacedLLM:
@@ -95,3 +101,14 @@ def until(condition: Callable[[], Any], seconds: float = 15) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
+
+
+def connect(server: Server, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=20)
+
+
+def error_of(answer: tuple[int, Any, Any]) -> tuple[int, str, str]:
+    """Status, param and code of an error, which has OpenAI's four fields."""
+    status, _, body = answer
+    assert set(body["error"]) == {"message", "type", "param", "code"} and body["error"]["message"]
+    return status, body["error"]["param"], body["error"]["code"]
