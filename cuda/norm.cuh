@@ -123,7 +123,7 @@ __device__ void load_normed(const NormWeight<Map>& weight, int n_columns, int pa
   using S = LoadShare<Map>;
   using W = Walk<Map, m>;
   constexpr int kEnd8 = model::kDim / 8, kRounds = NormWeight<Map>::kRounds;
-  constexpr int kBatch = smaller(kRounds, Map::kColumns == 1 ? 4 : 8);  // 32 or 64 registers
+  constexpr int kBatch = smaller(kRounds, 4);  // 32 registers
   constexpr bool kKeep = W::kPanels == 1 && kRounds == kBatch;
   static_assert(kKeep || !NormWeight<Map>::kHeld, "a held weight is applied to the vectors that were kept");
   const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;

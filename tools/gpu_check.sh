@@ -27,9 +27,10 @@ run() { # run NAME SECONDS COMMAND...: a log, a time limit, a row of the table
 }
 
 tests() { # compiling is most of the work: several processes share the GPU
-    local parallel=()
+    local parallel=() files
+    mapfile -t files < <(grep -lE 'mark\.gpu|machine: Machine' tests/test_*.py)
     python3 -c "import xdist" 2>/dev/null && parallel=(-n 8)
-    run tests 400 python3 -m pytest -q -m gpu -p no:cacheprovider "${parallel[@]}" tests
+    run tests 400 python3 -m pytest -q -m gpu -p no:cacheprovider "${parallel[@]}" "${files[@]}"
     [ ${#parallel[@]} -eq 0 ] || run measuring 120 python3 -m pytest -q -m gpu -p no:cacheprovider \
         tests/test_gpu_engine.py tests/test_bench.py tests/test_kernel_gpu.py -k "memory or uploaded or first_token or compilation or bench"
 }
@@ -55,7 +56,7 @@ parity() {
 }
 
 ncu() { # one kernel per step: the count of launches as the profiler sees them
-    run ncu 200 command ncu --clock-control none --metrics gpu__time_duration.sum \
+    run ncu 200 "$(type -P ncu)" --clock-control none --metrics gpu__time_duration.sum \
         python3 tools/gpu_step.py int4
 }
 
