@@ -83,6 +83,7 @@ class StepModel:
             device.release()
             raise
         self._ticket = self._arrivals = 0
+        self._launching = False
         self._rope_length = 0
 
     def _allocate(self, watchdog_ns: int) -> None:
@@ -135,9 +136,13 @@ class StepModel:
         self._set_sampling(sampling)
         args["ticket"] = self._ticket
         args["mailbox"] = self._mailbox_address + 8 * (self._ticket % _MAILBOX_SLOTS)
+        if self._launching:  # an interrupt left open whether the last launch happened
+            self._reset_barrier()
         args["barrier_base"] = self._arrivals & 0xFFFFFFFF
+        self._launching = True
         self._launch["step_one" if n == 1 else "step_many"](args)
         self._arrivals += self.program.barriers * self.program.tuning.grid
+        self._launching = False
         return self._ticket
 
     def token(self, ticket: int) -> int:
@@ -234,13 +239,17 @@ class StepModel:
         args["top_k"], args["min_p"] = sampling.top_k, sampling.min_p
         args["top_p"] = args["top_p_exact"] = sampling.top_p
 
+    def _reset_barrier(self) -> None:
+        """Waits for all launches and sets what blocks count arrivals with back to zero."""
+        self.device.synchronize()
+        self.device.clear(self._workspace, self.program.workspace["residual"])
+        self._arrivals, self._launching = 0, False
+
     def _report_alarm(self) -> None:
         """Turns an alarm into an exception and makes the model usable again."""
         kind, block, phase, expected, seen = (int(word) for word in self._alarm[:5])
-        self.device.synchronize()  # the abandoned step runs to its end on its own
+        self._reset_barrier()  # the abandoned step runs to its end on its own
         self._alarm[:] = 0
-        self.device.clear(self._workspace, self.program.workspace["residual"])  # barrier, arrivals
-        self._arrivals = 0
         limit = int(self._args["watchdog_ns"]) / 1e9
         what = "grid barrier" if kind == ALARM_GRID_BARRIER else "stage of the ring"
         raise DeviceError(

@@ -188,6 +188,30 @@ def test_an_alarm_names_what_waited_and_the_model_works_again(
     engine.close()
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_an_interrupt_around_a_launch_leaves_the_model_usable(
+    checkpoint: Checkpoint, model: RandomModel, launched: bool
+) -> None:
+    """Ctrl-C before or after the driver's call, so that nobody counted the launch."""
+    engine, _ = open_engine(checkpoint, 64)
+    step = engine._open_model()
+    real = dict(step._launch)
+
+    def interrupted(args: np.ndarray) -> None:
+        if launched:
+            real["step_many"](args)
+        raise KeyboardInterrupt
+
+    step._launch = {**real, "step_many": interrupted}
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.tokens(PROMPT, GREEDY, 4))
+    step._launch = real
+    engine.reset()
+    exact, rounded = references(model, PROMPT)
+    assert np.abs(engine.logits(PROMPT) - exact).max() <= bound(exact, rounded)
+    engine.close()
+
+
 def test_the_context_is_the_models_own_or_what_fits(checkpoint: Checkpoint) -> None:
     engine, device = open_engine(checkpoint)
     assert engine.max_context == 512
