@@ -18,6 +18,7 @@ from .cuda_engine import CudaEngine
 from .device import CudaDevice, Device
 from .gpu_memory import position_bytes
 from .packing import Layout
+from .profiling import PhaseTime, phase_times
 from .sampling import Sampling
 from .shapes import shape_config, shape_layouts
 from .step_model import CHAINED, StepModel
@@ -66,6 +67,7 @@ class BenchResult:
     stage_bytes: int
     in_flight_bytes: int
     end_to_end_tokens_per_s: float | None = None  # generation through the engine; None: not asked
+    phases: list[PhaseTime] | None = None  # of the in-kernel timer; None: not asked
 
 
 class RandomWeights:
@@ -166,6 +168,7 @@ class Bench:
         """Times ``runs`` batches of ``steps`` greedy steps of ``columns`` tokens at ``context``.
 
         end_to_end: also generates after a prompt, through the engine, around that position.
+        profile=True, a field of Tuning, compiles the in-kernel timer in, which costs a little.
         """
         config = shape_config(shape)
         matrices = shape_layouts(config, quant, group_size)
@@ -174,6 +177,7 @@ class Bench:
         model = StepModel(weights, self.device, context + room, tuning=chosen)
         try:
             ms = self._kernel_ms(model, context, columns, steps, runs)
+            phases = phase_times(model, ms * 1e3) if chosen.profile else None
             rate = _end_to_end_rate(model, context) if end_to_end else None
         finally:
             model.close()
@@ -184,7 +188,7 @@ class Bench:
         return BenchResult(
             shape, quant, group, context, columns, ms, columns * 1e3 / ms, gigabytes, per_second,
             self.ceiling, 100 * per_second / self.ceiling, self.device.name, driver_version(),
-            commit(), stages, chosen.stage_bytes, chosen.in_flight_bytes, rate,
+            commit(), stages, chosen.stage_bytes, chosen.in_flight_bytes, rate, phases,
         )  # fmt: skip
 
     def _kernel_ms(

@@ -18,6 +18,7 @@ EPILOG = """examples:
   minflash bench --shape llama-3.1-8b --quant int4 --context 128
   minflash bench --shape llama-3.2-1b,smollm2-135m --quant bf16,int4 --context 128,4096 --json
   minflash bench --shape smollm2-135m --end-to-end
+  minflash bench --shape llama-3.1-8b --profile
   minflash bench --set stages=16 --set in_flight_bytes=32768
 
 The weights are random and made on the GPU: no file is needed. Several values, separated by commas,
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=int, default=5, metavar="N", help="timings, of which the median counts (5)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a tuning field")
     add("--end-to-end", action="store_true", help="also generate through the engine, and compare")
+    add("--profile", action="store_true", help="also show where a step's time goes, by phase")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures and prints. Raises ArgumentError, and DeviceError without a GPU."""
     shapes, quants = args.shape.split(","), _members("quant", args.quant, QUANTS)
     contexts, columns = _counts("context", args.context), _counts("columns", args.columns)
-    overrides = tuning_overrides(args.set)
+    overrides = tuning_overrides(args.set) | ({"profile": True} if args.profile else {})
     if max(columns) > 8 or args.steps < 1 or args.runs < 1:
         raise ArgumentError("--columns takes 1 to 8, --steps and --runs at least 1")
     from .shapes import shape_config, shape_layouts
@@ -135,4 +137,8 @@ def _print_row(result: BenchResult, *, header: bool) -> None:
         share = 100 * result.end_to_end_tokens_per_s / result.tokens_per_s
         row += f"  {result.end_to_end_tokens_per_s:.1f} tok/s ({share:.1f} %)"
     print(row)
+    if result.phases:
+        from .profiling import as_table
+
+        print(as_table(result.phases))
     sys.stdout.flush()

@@ -31,7 +31,7 @@ def register_models(register: Callable[..., None]) -> None:
         register(Minflash(f"minflash/{model.name}", str(model.path)))
 
 
-class Options(llm.Options):
+class Options(llm.Model.Options):
     """What ``llm -o NAME VALUE`` takes; as in minflash's own options."""
 
     max_tokens: int | None = None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rope
-from .codegen import ALARM_GRID_BARRIER, generate
+from .codegen import ALARM_GRID_BARRIER, PROFILE_MARKS, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
@@ -183,6 +183,18 @@ class StepModel:
             into = np.empty((n_columns, self.config.vocab_size), np.float32)
         self.device.download(self._workspace + self.program.workspace["logits"], into)
         return into
+
+    def read_profile(self) -> NDArray[np.uint64]:
+        """The marks of the last step, uint64 [blocks, phases, marks] in ticks; waits for it.
+
+        Raises AssertionError unless the kernels were compiled with ``Tuning.profile``.
+        """
+        assert self.program.tuning.profile, "the in-kernel timer is not compiled in"
+        self.wait()
+        phases = self.program.barriers + 1
+        marks = np.empty((self.program.tuning.grid, phases, PROFILE_MARKS), np.uint64)
+        self.device.download(self._workspace + self.program.workspace["profile"], marks)
+        return marks
 
     def read_cache(self, blocks: int) -> NDArray[np.uint8]:
         """The first blocks of keys and values as they lie there; waits.
