@@ -14,7 +14,7 @@ template <class Map>
 struct Ring {
   static_assert(Map::kStages % kWarps == 0, "a warp must own fixed stages, see above");
   u64 full[Map::kStages];        // completes when a copy has landed
-  u64 empty[Map::kStages];       // completes when its warp has read it
+  u64 empty[Map::kStages];       // completes when all lanes of its warp have read it
 };
 
 template <class Map>

@@ -108,10 +108,8 @@ __device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 by
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_address(dst)),
                "l"(src), "r"(bytes), "r"(smem_address(b)) : "memory");
 }
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else
 __device__ __forceinline__ void fence_mbarrier_init() {}
-__device__ __forceinline__ void fence_proxy_async() {}
 __device__ __forceinline__ bool mbarrier_try_wait_parity(u64* b, u32 parity) { return mbarrier_test_wait_parity(b, parity); }
 #endif
 __device__ __forceinline__ void cp_async_16(void* dst, const void* src) {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -269,8 +268,3 @@ class StepModel:
             f"phase {phase}, expected {expected}, seen {seen}; the step was abandoned, the model "
             "can be used again"
         )
-
-
-def override(tuning: Tuning, **fields: int | bool) -> Tuning:
-    """The tuning with single fields replaced, for experiments and tests."""
-    return replace(tuning, **fields)  # type: ignore[arg-type]
