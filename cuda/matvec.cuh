@@ -29,6 +29,14 @@ struct Walk {
   static __device__ __forceinline__ constexpr int chunks(int panel) { return ceil_div(tiles(panel), m.chunk_tiles); }
   static constexpr int kMostInFlight = int(kInFlightBytes) / (m.chunk_tiles * m.tile_bytes());
   static constexpr int kInFlight = kMostInFlight < 2 ? 2 : smaller(kMostInFlight, Map::kStages - 1);
+
+  // Scratch: activations of a panel [kColumns][columns of the panel], 16-bit; their sums over groups
+  // [kColumns][kSums], fp32; partial sums [kWindow][kWarps][16][kColumns], fp32, up to Map::kReduce.
+  static constexpr int kStride = (kPanelTiles * m.tile_cols() * 2 + 127) / 128 * 128 + 64;  // two columns meet different banks
+  static constexpr int kSums = m.has_sums() ? kPanelTiles * m.tile_cols() / m.group : 0;
+  static constexpr int kSumsAt = Map::kColumns * kStride, kPartialsAt = (kSumsAt + 4 * Map::kColumns * kSums + 15) / 16 * 16;
+  static constexpr int kWindow = smaller(32, (Map::kReduce - kPartialsAt) / (kWarps * 16 * Map::kColumns * 4));
+  static_assert(kWindow >= 1, "shared_map left no room for partial sums");
 };
 
 template <class Map, Matrix m>
@@ -36,11 +44,11 @@ __device__ void stream_matrix(Producer<Map>& producer, Deal& deal, const u8* wei
   using W = Walk<Map, m>;
   const Deal::Share share = deal.take(m.row_blocks());
 #pragma unroll 1
-  for (int window = 0; window < share.count; window += Map::kWindow)
+  for (int window = 0; window < share.count; window += W::kWindow)
 #pragma unroll 1
     for (int panel = 0; panel < W::kPanels; panel++)
 #pragma unroll 1
-      for (int b = window; b < smaller(window + Map::kWindow, share.count); b++) {
+      for (int b = window; b < smaller(window + W::kWindow, share.count); b++) {
         const u8* src = weights + (u64)(share.first + b * kGrid) * m.row_block_bytes() + (u64)panel * W::kPanelTiles * m.tile_bytes();
 #pragma unroll 1
         for (int left = W::tiles(panel); left > 0; left -= m.chunk_tiles, src += m.chunk_tiles * m.tile_bytes())
@@ -49,16 +57,13 @@ __device__ void stream_matrix(Producer<Map>& producer, Deal& deal, const u8* wei
 }
 
 // Activations of one panel in shared memory.
-template <class Map>
+template <class Map, Matrix m>
 struct Columns {
-  static constexpr int kColumns = Map::kColumns;
-  u8* x;        // [kColumns][kPanelCols] 16-bit, a column's stride is Map::kColumnStride bytes
-  float* sums;  // [kColumns][kPanelCols / 32] sums over groups
-  static __device__ __forceinline__ Columns here() {
-    u8* scratch = Shared<Map>::scratch();
-    return {scratch, reinterpret_cast<float*>(scratch + Map::kSums)};
+  using W = Walk<Map, m>;
+  static __device__ __forceinline__ u8* x(int column) { return Shared<Map>::scratch() + column * W::kStride; }
+  static __device__ __forceinline__ float* sums(int column) {
+    return reinterpret_cast<float*>(Shared<Map>::scratch() + W::kSumsAt) + column * W::kSums;
   }
-  __device__ __forceinline__ float* sum(int column) const { return sums + column * (Map::kPanelCols / 32); }
 };
 
 // acc[16 rows x 8 columns] += one tile times its columns of x. acc is in units that finish() restores.
@@ -128,12 +133,12 @@ __device__ __forceinline__ float finish(float acc, float bias_acc, bool high_row
 template <class Map, Matrix m>
 __device__ __forceinline__ void multiply_chunk(float* partial, const u8* tiles, int first_tile, int count) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const Columns<Map> columns = Columns<Map>::here();
+  using C = Columns<Map, m>;
   const int column = Map::kColumns == 1 ? 0 : g;  // with one column all eight columns of the mma are that one
-  const u8* x = columns.x + column * Map::kColumnStride + first_tile * m.tile_cols() * 2 + q * 16;
+  const u8* x = C::x(column) + first_tile * m.tile_cols() * 2 + q * 16;
   constexpr int kTileGroups = m.group ? m.tile_cols() / m.group : 0;
-  const float* sums0 = columns.sum(Map::kColumns == 1 ? 0 : 2 * q) + first_tile * kTileGroups;
-  const float* sums1 = columns.sum(Map::kColumns == 1 ? 0 : 2 * q + 1) + first_tile * kTileGroups;
+  const float* sums0 = C::sums(Map::kColumns == 1 ? 0 : 2 * q) + first_tile * kTileGroups;
+  const float* sums1 = C::sums(Map::kColumns == 1 ? 0 : 2 * q + 1) + first_tile * kTileGroups;
   float acc[4] = {}, bias_acc[4] = {};
   constexpr int kUnroll = Map::kColumns == 1 && m.group == 0 ? 4 : 2;
 #pragma unroll kUnroll
@@ -153,14 +158,14 @@ template <class Map, Matrix m, class LoadPanel, class Use>
 __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& deal, int n_columns, LoadPanel load_panel, Use use) {
   using W = Walk<Map, m>;
   const Deal::Share share = deal.take(m.row_blocks());
-  float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + Map::kPartials);  // [kWindow][kWarps][16][kColumns]
+  float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + W::kPartialsAt);
   constexpr int kSlot = 16 * Map::kColumns;
   consumer.profile.mark(kBegin);
   if (W::kPanels == 1) load_panel(0);
   consumer.profile.mark(kLoaded);
 #pragma unroll 1
-  for (int window = 0; window < share.count; window += Map::kWindow) {
-    const int blocks = smaller(Map::kWindow, share.count - window);
+  for (int window = 0; window < share.count; window += W::kWindow) {
+    const int blocks = smaller(W::kWindow, share.count - window);
     float* mine = partials + threadIdx.x / 32 * kSlot;
 #pragma unroll 1
     for (int i = threadIdx.x % 32; i < blocks * kSlot; i += 32) mine[i / kSlot * kWarps * kSlot + i % kSlot] = 0;

@@ -15,8 +15,8 @@ __device__ __forceinline__ float warp_sum(float v) {
 // All lanes of a warp call it with consecutive k8; columns past the matrix hold zeros.
 template <class Map, Matrix m>
 __device__ __forceinline__ void put_rounded(int column, int k8, int end8, uint4 v) {
-  const Columns<Map> columns = Columns<Map>::here();
-  if (k8 < end8) *reinterpret_cast<uint4*>(columns.x + column * Map::kColumnStride + k8 * 16) = v;
+  using C = Columns<Map, m>;
+  if (k8 < end8) *reinterpret_cast<uint4*>(C::x(column) + k8 * 16) = v;
   if constexpr (m.has_sums()) {
     float sum = 0;
     const u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -24,7 +24,7 @@ __device__ __forceinline__ void put_rounded(int column, int k8, int end8, uint4 
     for (int i = 0; i < 4; i++) sum += low_half<false>(words[i]) + high_half<false>(words[i]);
 #pragma unroll
     for (int i = 1; i < m.group / 8; i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
-    if (k8 < end8 && k8 % (m.group / 8) == 0) columns.sum(column)[k8 * 8 / m.group] = sum;
+    if (k8 < end8 && k8 % (m.group / 8) == 0) C::sums(column)[k8 * 8 / m.group] = sum;
   }
 }
 

@@ -14,7 +14,7 @@ template <class Map>
 struct Ring {
   static_assert(Map::kStages % kWarps == 0, "a warp must own fixed stages, see above");
   u64 full[Map::kStages];        // completes when a copy has landed
-  u64 empty[Map::kStages];       // completes when all lanes of its warp have read it
+  u64 empty[Map::kStages];       // completes when all lanes of its warp have read it; lies behind full
 };
 
 template <class Map>
@@ -34,63 +34,65 @@ __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
   fence_mbarrier_init();
 }
 
-__device__ __noinline__ void wait_long(u64* barrier, u32 parity, u32* alarm, u64 limit_ns, u32 chunk) {
+// `barrier` counts on from full[0]; an address would cost the fast path the registers of a generic pointer.
+template <class Map>
+__device__ __noinline__ void wait_long(int barrier, u32 parity, u32* alarm, u64 limit_ns) {
   Patience patience(limit_ns);
-  while (!mbarrier_try_wait_parity(barrier, parity))
+  while (!mbarrier_try_wait_parity(Shared<Map>::ring().full + barrier, parity))
     if (patience.over()) {
-      raise_alarm(alarm, kAlarmRing, chunk, parity, !parity);
+      raise_alarm(alarm, kAlarmRing, barrier, parity, !parity);
       return;
     }
 }
-__device__ __forceinline__ void wait_parity(u64* barrier, u32 parity, const StepArgs& args, u32 chunk) {
+template <class Map>
+__device__ __forceinline__ void wait_parity(int barrier, u32 parity, const StepArgs& args) {
 #pragma unroll 1
   for (int i = 0; i < 64; i++)
-    if (mbarrier_try_wait_parity(barrier, parity)) return;
-  wait_long(barrier, parity, args.alarm, args.watchdog_ns, chunk);
+    if (mbarrier_try_wait_parity(Shared<Map>::ring().full + barrier, parity)) return;
+  wait_long<Map>(barrier, parity, args.alarm, args.watchdog_ns);
 }
 
 // The producer's side. All lanes of the warp call copy(); with bulk copies lane 0 does the work.
+// Issuing a copy is the pace of the whole ring, so this is short: no counters, and waits for what never
+// was started pass, as a barrier that is new takes its round -1 for complete.
 template <class Map>
 struct Producer {
   const StepArgs& args;
-  int stage = 0, oldest = 0;           // next stage to fill; oldest stage not known to have landed
-  u32 parity = 0, oldest_parity = 0;   // of those stages' current round
-  int in_flight = 0, issued = 0;       // issued: counts to kStages and stays there
+  int stage = 0;   // next stage to fill
+  u32 parity = 0;  // of that stage's current round
 
   __device__ __forceinline__ explicit Producer(const StepArgs& args) : args(args) {}
 
-  // Waits until fewer than kMost copies are on their way, and for the stage to be free.
+  // Waits until the copy kMost before has landed, and for the stage to be free.
   template <int kMost>
   __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
-    static_assert(kMost >= 1 && kMost <= Map::kStages, "a stage cannot be filled twice");
-    Ring<Map>& ring = Shared<Map>::ring();
-    while (in_flight >= kMost) await_oldest(ring);
-    if (issued == Map::kStages) wait_parity(&ring.empty[stage], parity ^ 1, args, stage);
-    else issued++;
-    start(ring, src, bytes);
-    in_flight++;
-    if (++stage == Map::kStages) { stage = 0; parity ^= 1; }
+    static_assert(kMost >= 1 && kMost < Map::kStages, "a stage cannot be filled twice");
+    await_landing(kMost);
+    wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
+    start(src, bytes);
+    if (++stage == Map::kStages) stage = 0, parity ^= 1;
   }
 
   // A block must not exit while copies into its shared memory are on their way.
   __device__ __forceinline__ void drain() {
-    while (in_flight) await_oldest(Shared<Map>::ring());
+#pragma unroll 1
+    for (int before = Map::kStages - 1; before > 0; before--) await_landing(before);
   }
 
  private:
-  __device__ __forceinline__ void await_oldest(Ring<Map>& ring) {
-    wait_parity(&ring.full[oldest], oldest_parity, args, oldest);
-    in_flight--;
-    if (++oldest == Map::kStages) { oldest = 0; oldest_parity ^= 1; }
+  __device__ __forceinline__ void await_landing(int before) {
+    const bool wrapped = stage < before;
+    wait_parity<Map>(stage - before + (wrapped ? Map::kStages : 0), parity ^ wrapped, args);
   }
-  __device__ __forceinline__ void start(Ring<Map>& ring, const u8* src, u32 bytes) {
+  __device__ __forceinline__ void start(const u8* src, u32 bytes) {
+    u64* full = Shared<Map>::ring().full + stage;
     u8* dst = Shared<Map>::stage(stage);
     if constexpr (kBulkCopy) {
-      mbarrier_arrive_expect_tx(&ring.full[stage], bytes);
-      cp_async_bulk(dst, src, bytes, &ring.full[stage]);
+      mbarrier_arrive_expect_tx(full, bytes);
+      cp_async_bulk(dst, src, bytes, full);
     } else {
       for (u32 i = threadIdx.x % 32 * 16; i < bytes; i += 512) cp_async_16(dst + i, src + i);
-      cp_async_mbarrier_arrive_noinc(&ring.full[stage]);
+      cp_async_mbarrier_arrive_noinc(full);
     }
   }
 };
@@ -114,7 +116,7 @@ struct Consumer {
 #pragma unroll 1
     for (; next < end; next += kWarps) {
       Ring<Map>& ring = Shared<Map>::ring();
-      wait_parity(&ring.full[stage], parity, args, next);
+      wait_parity<Map>(stage, parity, args);
       use(int(next - begin), Shared<Map>::stage(stage));
       mbarrier_arrive(&ring.empty[stage]);
       if ((stage += kWarps) >= Map::kStages) { stage -= Map::kStages; parity ^= 1; }

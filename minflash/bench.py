@@ -172,7 +172,7 @@ class Bench:
         """
         config = shape_config(shape)
         matrices = shape_layouts(config, quant, group_size)
-        chosen = choose(config, self.device.facts, **tuning)
+        chosen = choose(config, matrices, self.device.facts, **tuning)
         weights, room = RandomWeights(config, matrices), max(64, _END_TO_END_TOKENS)
         model = StepModel(weights, self.device, context + room, tuning=chosen)
         try:

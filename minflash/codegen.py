@@ -256,10 +256,9 @@ def _args_struct(args: np.dtype[np.void]) -> str:
 
 def _map_struct(name: str, m: SharedMap) -> str:
     return f"""struct {name} {{
-  static constexpr int kColumns = {m.columns}, kStages = {m.stages}, kWindow = {m.window};
-  static constexpr int kPanelCols = {m.panel_cols}, kColumnStride = {m.column_stride};
+  static constexpr int kColumns = {m.columns}, kStages = {m.stages};
+  static constexpr int kPanelCols = {m.panel_cols}, kReduce = {m.reduce};
   static constexpr int kSlots = {m.slots}, kStageData = {m.stage_data}, kScratch = {m.scratch};
-  static constexpr int kSums = {m.sums}, kPartials = {m.partials}, kReduce = {m.reduce};
   static constexpr int kTotalBytes = {m.total_bytes};
 }};"""
 

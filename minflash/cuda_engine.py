@@ -38,7 +38,7 @@ QUEUED_CHUNKS = 8  # steps of a prompt that are launched before the host looks u
 def model_problem(checkpoint: Checkpoint) -> str | None:
     """Why the kernel cannot run this model on any GPU; None when it can."""
     try:
-        tuning = choose(checkpoint.config, LARGEST_CARD)
+        tuning = choose(checkpoint.config, checkpoint.matrices, LARGEST_CARD)
         generate(checkpoint.config, checkpoint.matrices, tuning)
     except DeviceError as error:
         return str(error)

@@ -110,7 +110,8 @@ def plan(model: Described, room: Room, context: int | None = None) -> Plan:
 
 
 def _program(model: Described, facts: DeviceFacts) -> Program:
-    return generate(model.config, model.matrices, choose_tuning(model.config, facts))
+    tuning = choose_tuning(model.config, model.matrices, facts)
+    return generate(model.config, model.matrices, tuning)
 
 
 def _types(matrices: Mapping[str, Layout]) -> dict[str, int]:

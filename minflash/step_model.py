@@ -68,7 +68,7 @@ class StepModel:
         if kv_type is None:
             kv_type = "bf16" if checkpoint.matrices["layers.0.wqkv"].type == "bf16" else "fp16"
         self.kv_type = kv_type
-        tuning = tuning or choose(config, device.facts)
+        tuning = tuning or choose(config, checkpoint.matrices, device.facts)
         self.program = generate(config, checkpoint.matrices, tuning, kv_type=kv_type)
         self.max_context = gpu_context(config, self.program, device.free_bytes(), max_context)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from math import gcd
 
 from .config import ModelConfig
 from .errors import DeviceError
@@ -19,8 +20,10 @@ ATTENTION_ROWS = 8  # query rows of one unit of attention, as in cuda/attention.
 _RING_BYTES_PER_STAGE = 16  # two mbarriers
 _REDUCE_BYTES = 256
 _SELECT_BYTES = 2048 * 8 + 64
-_LEAST_WINDOW, _MOST_WINDOW = 4, 32
+_LEAST_WINDOW = 4  # row blocks whose partial sums are kept
 _PANEL_STEP = 128  # columns: a multiple of every tile's width
+_LINE_BYTES = 128  # of L2: copies that cut lines cost a tenth of the speed (docs/experiments.md)
+_STAGE_BYTES = 8192  # about this much
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,8 @@ class Tuning:
     warps: int = 8  # consumer warps
     stages: int = 24  # most stages of the ring; a kernel takes fewer where memory is short
     stage_bytes: int = 8192
-    in_flight_bytes: int = (
-        40960  # most bytes of copies that have not landed, see docs/experiments.md
-    )
+    # Most bytes of copies that have not landed: five stages, see docs/experiments.md.
+    in_flight_bytes: int = 41600
     bulk_copy: bool = True  # cp.async.bulk, sm_90 and newer; else cp.async
     grid: int = 132  # blocks
     shared_bytes: int = 232448
@@ -56,36 +58,57 @@ class SharedMap:
 
     columns: int
     stages: int
-    panel_cols: int
-    column_stride: int
-    window: int  # row blocks whose partial sums are kept
+    panel_cols: int  # most columns of activations at a time
     slots: int  # attention results kept at a time
     stage_data: int
     scratch: int
-    sums: int  # within scratch, as are the following
-    partials: int
-    reduce: int
+    reduce: int  # within scratch; what a phase needs otherwise lies before, see Walk in matvec.cuh
     total_bytes: int
 
 
-def choose(config: ModelConfig, device: DeviceFacts, **overrides: int | bool) -> Tuning:
+def choose(
+    config: ModelConfig,
+    matrices: Mapping[str, Layout],
+    device: DeviceFacts,
+    **overrides: int | bool,
+) -> Tuning:
     """The tuning for a model on a device. ``overrides`` replace single fields."""
-    block = 64 * config.head_dim  # 16 positions of K and V
     chosen = Tuning(
         bulk_copy=device.compute_capability >= 90,
         grid=device.multiprocessors,
         shared_bytes=device.shared_bytes,
-        stage_bytes=8192 // block * block if block <= 8192 else block,
+        stage_bytes=_stage_bytes(config, matrices),
     )
     return replace(chosen, **overrides)  # type: ignore[arg-type]
 
 
+def _stage_bytes(config: ModelConfig, matrices: Mapping[str, Layout]) -> int:
+    """Room for the nearest number of tiles of each matrix that are whole lines together, and for
+    whole blocks of 16 positions."""
+    steps = {_line_tiles(layout) * layout.tile_bytes for layout in matrices.values()}
+    block = 64 * config.head_dim  # 16 positions of K and V
+    return max(
+        *(step * max(1, round(_STAGE_BYTES / step)) for step in steps),
+        block * max(1, _STAGE_BYTES // block),
+    )
+
+
+def _line_tiles(layout: Layout) -> int:
+    """The least number of tiles whose bytes are whole lines."""
+    return _LINE_BYTES // gcd(layout.tile_bytes, _LINE_BYTES)
+
+
 def chunk_tiles(layout: Layout, tuning: Tuning) -> int:
-    """Tiles of one copy: as many as a stage holds, fewer where the warps of a block would idle."""
+    """Tiles of one copy: as many as a stage holds, fewer where the warps of a block would idle.
+
+    Whole lines where a stage holds one such number of tiles.
+    """
     most = max(1, tuning.stage_bytes // layout.tile_bytes)
     row_blocks = -(-layout.row_blocks // tuning.grid)  # of one block
     chunks = max(-(-layout.tiles // most), -(-tuning.warps // row_blocks))
-    return max(1, -(-layout.tiles // chunks))
+    tiles = max(1, -(-layout.tiles // chunks))
+    step = _line_tiles(layout)
+    return tiles if step > most else min(_round_up(tiles, step), most // step * step)
 
 
 def shared_map(
@@ -117,25 +140,18 @@ def _with_stages(
 ) -> SharedMap | None:
     stage_data = _round_up(stages * _RING_BYTES_PER_STAGE, 128)
     scratch = stage_data + stages * tuning.stage_bytes
-    room = tuning.shared_bytes - scratch - _REDUCE_BYTES
+    room = (tuning.shared_bytes - scratch - _REDUCE_BYTES) // 128 * 128
     slots = _attention_slots(config, tuning, room)
     if slots is None or room < _SELECT_BYTES:
         return None
-    window_bytes = tuning.warps * 16 * columns * 4
     widest = _round_up(max(layout.cols for layout in layouts.values()), _PANEL_STEP)
-    panel = min(widest, _widest_panel(room - _LEAST_WINDOW * window_bytes, columns))
+    sums = _sums_of_step(layouts)
+    partials = _LEAST_WINDOW * tuning.warps * 16 * columns * 4
+    panel = min(widest, _widest_panel(room - partials, columns, sums))
     if panel < min(widest, _least_panel(config, columns, fair_bytes)):
         return None
-    stride = _column_stride(panel)
-    sums = columns * stride
-    partials = sums + columns * (panel // 32) * 4
-    window = min(_MOST_WINDOW, (room - partials) // window_bytes)
-    used = max(partials + window * window_bytes, _attention_bytes(config, slots), _SELECT_BYTES)
-    reduce = _round_up(used, 128)
-    return SharedMap(
-        columns, stages, panel, stride, window, slots, stage_data, scratch, sums, partials, reduce,
-        scratch + reduce + _REDUCE_BYTES,
-    )  # fmt: skip
+    total = scratch + room + _REDUCE_BYTES
+    return SharedMap(columns, stages, panel, slots, stage_data, scratch, room, total)
 
 
 def _least_panel(config: ModelConfig, columns: int, fair_bytes: int) -> int:
@@ -145,14 +161,16 @@ def _least_panel(config: ModelConfig, columns: int, fair_bytes: int) -> int:
     return max(fair, whole)
 
 
-def _column_stride(panel_cols: int) -> int:
-    """Bytes from column to column: eight columns meet different banks."""
-    return panel_cols * 2 + 64
+def _sums_of_step(layouts: Mapping[str, Layout]) -> int:
+    """Most sums over groups in _PANEL_STEP columns of activations; only integers need them."""
+    integers = [layout for layout in layouts.values() if layout.type in ("int4", "int8")]
+    return max((_PANEL_STEP // layout.group_size for layout in integers), default=0)
 
 
-def _widest_panel(room: int, columns: int) -> int:
-    per_step = columns * (_PANEL_STEP * 2 + _PANEL_STEP // 32 * 4)
-    return max(0, (room - columns * 64) // per_step) * _PANEL_STEP
+def _widest_panel(room: int, columns: int, sums: int) -> int:
+    """Columns of activations that fit, as Walk in cuda/matvec.cuh lays them out."""
+    per_step, padding = columns * (_PANEL_STEP * 2 + sums * 4), columns * 64 + 12
+    return max(0, (room - padding) // per_step) * _PANEL_STEP
 
 
 def _attention_bytes(config: ModelConfig, slots: int) -> int:
@@ -163,7 +181,7 @@ def _attention_bytes(config: ModelConfig, slots: int) -> int:
 def _attention_slots(config: ModelConfig, tuning: Tuning, room: int) -> int | None:
     """Most warps whose results lie in shared memory at a time: a divisor of the warps, or None."""
     for slots in range(tuning.warps, 0, -1):
-        if tuning.warps % slots == 0 and _attention_bytes(config, slots) <= room - 128:
+        if tuning.warps % slots == 0 and _attention_bytes(config, slots) <= room:
             return slots
     return None
 

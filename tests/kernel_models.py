@@ -230,7 +230,7 @@ class Machine:
         run = replace(run or Run(), **changes)
         step = StepModel(
             model, self._device(run), run.max_context or model.config.max_context,
-            kv_type=run.kv_type, tuning=tuning(model.config, run, self._facts(run)),
+            kv_type=run.kv_type, tuning=tuning(model, run, self._facts(run)),
             watchdog_ns=120 * 10**9 if self.kind == "emulated" else 10**9,
         )  # fmt: skip
         self._open.append(step)
@@ -261,12 +261,12 @@ class Machine:
         return facts
 
 
-def tuning(config: ModelConfig, run: Run, facts: DeviceFacts) -> Any:
+def tuning(model: RandomModel, run: Run, facts: DeviceFacts) -> Any:
     """The tuning of a run: by the rules, or small."""
     if not run.small:
-        return choose(config, facts)
-    small = {"stages": 8, "stage_bytes": 64 * config.head_dim, "in_flight_bytes": 12288}
-    return choose(config, facts, **small, split_blocks=2)
+        return choose(model.config, model.matrices, facts)
+    small = {"stages": 8, "stage_bytes": 64 * model.config.head_dim, "in_flight_bytes": 12288}
+    return choose(model.config, model.matrices, facts, **small, split_blocks=2)
 
 
 def emulated(
@@ -281,7 +281,7 @@ def emulated(
     """The kernel over a random model on an emulated device, with single fields of tuning."""
     emulator = EmulatedDevice(grid, **device)
     small = {"stages": 8, "stage_bytes": 64 * model.config.head_dim, "in_flight_bytes": 12288}
-    chosen = choose(model.config, emulator.facts, **(small | dict(tuning or {})))
+    chosen = choose(model.config, model.matrices, emulator.facts, **(small | dict(tuning or {})))
     context = max_context or model.config.max_context
     return StepModel(
         model, emulator, context, kv_type=kv_type, tuning=chosen, watchdog_ns=120 * 10**9

@@ -26,7 +26,8 @@ needs_compiler = pytest.mark.skipif(
 
 def program(model: RandomModel | None = None, **changes: int | bool) -> Program:
     model = model or RandomModel(model_config(), "bf16")
-    return generate(model.config, model.matrices, choose(model.config, FACTS, **changes))
+    tuning = choose(model.config, model.matrices, FACTS, **changes)
+    return generate(model.config, model.matrices, tuning)
 
 
 @needs_compiler
@@ -42,9 +43,7 @@ def test_launch_arguments_lie_where_numpy_puts_them(tmp_path: Path, head_dim: in
         f'{struct[0]}int main() {{ {shown} printf("%zu", sizeof(StepArgs)); }}\n'
     )
     run = tmp_path / "args"
-    subprocess.run(
-        [emulator.compiler(), str(tmp_path / "args.cpp"), "-o", str(run)], check=True
-    )
+    subprocess.run([emulator.compiler(), str(tmp_path / "args.cpp"), "-o", str(run)], check=True)
     *offsets, size = map(int, subprocess.check_output([str(run)]).split())
     fields = generated.args.fields
     assert fields is not None
@@ -117,9 +116,7 @@ def test_the_same_model_gives_the_same_source_in_every_process() -> None:
     def source(seed: str) -> str:
         paths = ":".join([str(Path(__file__).parent), *sys.path])
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": paths, "PATH": "/usr/bin:/bin"}
-        return subprocess.check_output(
-            [sys.executable, "-c", HASH], env=environment, text=True
-        )
+        return subprocess.check_output([sys.executable, "-c", HASH], env=environment, text=True)
 
     assert source("1") == source("2")
 
@@ -144,7 +141,7 @@ def test_facts_of_the_model_are_in_the_source() -> None:
     sources |= {program(RandomModel(base, t, g)).source for t, g in [("fp16", 0), ("int8", 32)]}
     assert len(sources | {program().source}) == 10
     layouts = RandomModel(base, "bf16").matrices
-    tuning = choose(base, FACTS)
+    tuning = choose(base, layouts, FACTS)
     kinds = {generate(base, layouts, tuning, kv_type=t).source for t in ("bf16", "fp16")}
     assert len(kinds) == 2
 

@@ -70,7 +70,8 @@ def compile_one(build: Build) -> str:
     from cupy_backends.cuda.libs import nvrtc
 
     config, facts = shape_config(build.shape), CARDS[build.capability]
-    program = generate(config, shape_layouts(config, build.quant, None), choose(config, facts))
+    layouts = shape_layouts(config, build.quant, None)
+    program = generate(config, layouts, choose(config, layouts, facts))
     options = (*OPTIONS, architecture(build.capability), f"-DONLY_{build.kernel.upper()}")
     unit = nvrtc.createProgram(program.source, "step.cu", (), ())
     try:

@@ -23,7 +23,7 @@ from minflash.engine import CpuEngine
 from minflash.errors import CheckpointError, ContextError, DeviceError, MinflashError
 from minflash.gpu_memory import MARGIN_BYTES, cache_bytes, gpu_context
 from minflash.sampling import Sampling
-from minflash.step_model import StepModel
+from minflash.step_model import StepModel, Weights
 from minflash.tensors import expected_tensors
 from minflash.tuning import Tuning, choose
 from minflash.upload import Upload
@@ -62,8 +62,9 @@ def checkpoint(
         yield opened
 
 
-def small_tuning(config: ModelConfig, device: EmulatedDevice) -> Tuning:
-    return choose(config, device.facts, stages=8, stage_bytes=4096, in_flight_bytes=12288)
+def small_tuning(model: Weights, device: EmulatedDevice) -> Tuning:
+    small = {"stages": 8, "stage_bytes": 4096, "in_flight_bytes": 12288}
+    return choose(model.config, model.matrices, device.facts, **small)
 
 
 def open_engine(
@@ -72,7 +73,7 @@ def open_engine(
     device = EmulatedDevice()
     for name, value in changes.items():
         setattr(device, name, value)
-    tuning = small_tuning(checkpoint.config, device)
+    tuning = small_tuning(checkpoint, device)
     engine = CudaEngine(checkpoint, max_context, device=device, tuning=tuning)
     engine._open_model()._args["watchdog_ns"] = 120 * 10**9  # the machine may be busy
     return engine, device
@@ -108,7 +109,7 @@ def test_rope_that_depends_on_the_length_is_as_on_the_cpu(model: RandomModel) ->
     rope = RopeConfig(kind="dynamic", factor=4.0, original_context=12)
     dynamic = RandomModel(replace(model.config, rope=rope), "bf16", seed=3)
     device = EmulatedDevice()
-    tuning = small_tuning(model.config, device)
+    tuning = small_tuning(model, device)
     engine = CudaEngine.over(StepModel(dynamic, device, 64, tuning=tuning, watchdog_ns=120 * 10**9))
     tokens = [*PROMPT, *PROMPT]
     exact, rounded = references(dynamic, tokens)
@@ -164,7 +165,7 @@ def test_logits_that_are_not_finite_are_an_error(model: RandomModel) -> None:
     broken = RandomModel(model.config, "bf16", seed=3)
     broken.put("final_norm", np.full(model.config.dim, np.nan))
     device = EmulatedDevice()
-    step = StepModel(broken, device, 64, tuning=small_tuning(model.config, device))
+    step = StepModel(broken, device, 64, tuning=small_tuning(model, device))
     engine = CudaEngine.over(step)
     with pytest.raises(MinflashError, match=r"no finite logit \(position 10\): its weights are"):
         list(engine.tokens(PROMPT, GREEDY, 5))
@@ -226,7 +227,7 @@ def test_too_little_memory_says_needs_has_and_what_fits(
     checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = checkpoint.config
-    program = generate(config, checkpoint.matrices, small_tuning(config, EmulatedDevice()))
+    program = generate(config, checkpoint.matrices, small_tuning(checkpoint, EmulatedDevice()))
     fixed = program.weights.nbytes + program.workspace["total"] + MARGIN_BYTES
     for room in (16, 304):
         free = fixed + cache_bytes(config, room)
@@ -259,7 +260,7 @@ def test_bad_numbers_in_the_weight_file_are_found_during_the_upload(
     monkeypatch.setattr(Checkpoint, "raw", raw)
     device = EmulatedDevice()
     with pytest.raises(CheckpointError, match="ffn_norm holds NaN"):
-        CudaEngine(checkpoint, 64, device=device, tuning=small_tuning(checkpoint.config, device))
+        CudaEngine(checkpoint, 64, device=device, tuning=small_tuning(checkpoint, device))
     assert not device._arrays
 
 

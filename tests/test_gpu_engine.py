@@ -212,7 +212,8 @@ def test_a_cold_compilation_takes_under_four_seconds(
     monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
     facts = CudaDevice().facts
     config = shape_config("llama-3.1-8b")
-    program = generate(config, shape_layouts(config, "bf16", None), choose(config, facts))
+    layouts = shape_layouts(config, "bf16", None)
+    program = generate(config, layouts, choose(config, layouts, facts))
     arch = architecture(facts.compute_capability)
     options = {name: (*OPTIONS, arch, f"-DONLY_{name.upper()}") for name in program.maps}
     begin = time.perf_counter()

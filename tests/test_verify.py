@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def emulated(checkpoint: Checkpoint, max_context: int) -> Engine:
     device = EmulatedDevice()
-    tuning = small_tuning(checkpoint.config, device)
+    tuning = small_tuning(checkpoint, device)
     engine = CudaEngine(checkpoint, max_context, device=device, tuning=tuning)
     engine._open_model()._args["watchdog_ns"] = 120 * 10**9  # the machine may be busy
     return engine

@@ -1,6 +1,6 @@
 """A few steps of small models on the GPU: what compute-sanitizer and ncu are pointed at.
 
-    compute-sanitizer --tool racecheck python3 tools/gpu_step.py int4
+compute-sanitizer --tool racecheck python3 tools/gpu_step.py int4
 """
 
 from __future__ import annotations
