@@ -74,79 +74,107 @@ __device__ void stream_past(Producer<Map>& producer, Deal& deal, const Plan<Map>
 constexpr int kQueryStride = kHeadDim * 2 + 16;
 template <class Map>
 struct Scratch {
+  static constexpr int kSlotRows = Map::kColumns == 1 ? smaller(kRows, kGroup) : kRows;
   u8 *queries, *fresh;      // [kRows][kQueryStride]; one block of positions: the step's own K and V
-  float *sums, *outputs;    // [kSlots][kRows][2]: maximum and sum; [kSlots][kRows][kHeadDim]
+  float *sums, *outputs;    // [kSlots][kSlotRows][2]: maximum and sum; [kSlots][kSlotRows][kHeadDim]
   static __device__ __forceinline__ Scratch here() {
     u8* base = Shared<Map>::scratch();
     float* sums = reinterpret_cast<float*>(base + kRows * kQueryStride + kBlockBytes);
-    return {base, base + kRows * kQueryStride, sums, sums + Map::kSlots * kRows * 2};
+    return {base, base + kRows * kQueryStride, sums, sums + Map::kSlots * kSlotRows * 2};
   }
 };
 
-// Norm and rotation of one head's row of fp32 values in global memory by one warp; put(dim, value).
-template <class Put>
-__device__ __forceinline__ void rotate_row(const float* row, const float* norm_weight, const StepArgs& args, int position, Put put) {
-  constexpr int kHalf = kHeadDim / 2, kPairs = ceil_div(kHalf, 32);
-  const int lane = threadIdx.x % 32;
-  float a[kPairs], b[kPairs], squares = 0;
-#pragma unroll
-  for (int i = 0; i < kPairs; i++) {
-    const int d = lane + 32 * i;
-    a[i] = d < kHalf ? ld_cg(row + d) : 0;
-    b[i] = d < kHalf ? ld_cg(row + kHalf + d) : 0;
-    squares += a[i] * a[i] + b[i] * b[i];
+// Rotations of the pairs of a head. With one column they are the same in all layers, and kept.
+template <class Map>
+struct Turns {
+  static __device__ __forceinline__ Rotation* kept() { return reinterpret_cast<Rotation*>(Shared<Map>::scratch() + Map::kTurns); }
+  static __device__ __forceinline__ Rotation compute(const StepArgs& args, int position, int d) {
+    return rotation(args.rope_turns[d], position, args.rope_scale);
   }
+  static __device__ __forceinline__ void keep(const StepArgs& args) {
+    if (kTagged<Map> && thread_index() < kHeadDim / 2) kept()[thread_index()] = compute(args, args.position, thread_index());
+  }
+  static __device__ __forceinline__ Rotation at(const StepArgs& args, int position, int d) {
+    if constexpr (kTagged<Map>) return kept()[d];
+    else return compute(args, position, d);
+  }
+};
+
+template <class Map>
+using Qkv = Floats<Map, (model::kHeads + 2 * model::kKvHeads) * kHeadDim>;
+
+// Norm and rotation of the head that begins at `first`, by one warp; put(dim, value).
+template <class Map, class Put>
+__device__ __forceinline__ void rotate_head(Exchange<Map>& exchange, const Qkv<Map>& qkv, int column, int first, const float* norm_weight,
+                                            int position, Put put) {
+  constexpr int kHalf = kHeadDim / 2, kPairs = ceil_div(kHalf, 32);
+  const int lane = thread_index() % 32;
+  int at[2 * kPairs];
+  float v[2 * kPairs], squares = 0;  // first halves, then second halves
+#pragma unroll
+  for (int i = 0; i < 2 * kPairs; i++) {
+    const int d = lane + i % kPairs * 32;
+    at[i] = d < kHalf ? first + i / kPairs * kHalf + d : -1;
+  }
+  qkv.get(exchange, column, at, v);
+#pragma unroll
+  for (int i = 0; i < 2 * kPairs; i++) squares += v[i] * v[i];
   [[maybe_unused]] const float scale = model::kQkNorm ? rsqrtf(warp_sum(squares) / kHeadDim + model::kNormEps) : 1.0f;
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
     const int d = lane + 32 * i;
     if (d >= kHalf) break;
-    if constexpr (model::kQkNorm) a[i] *= scale * norm_weight[d], b[i] *= scale * norm_weight[kHalf + d];
-    const Rotation r = rotation(args.rope_turns[d], position, args.rope_scale);
-    put(d, a[i] * r.cos - b[i] * r.sin);
-    put(kHalf + d, b[i] * r.cos + a[i] * r.sin);
+    float a = v[i], b = v[kPairs + i];
+    if constexpr (model::kQkNorm) a *= scale * norm_weight[d], b *= scale * norm_weight[kHalf + d];
+    const Rotation r = Turns<Map>::at(exchange.args, position, d);
+    put(d, a * r.cos - b * r.sin);
+    put(kHalf + d, b * r.cos + a * r.sin);
   }
 }
 
 __device__ __forceinline__ u16 rounded(float v) { return (u16)round_pair<kKvBf16>(v, 0.0f); }
 
 // Queries of the unit's row tile, and, for the last split, the step's own K and V: also into the cache.
-// Warps take rows in turn: those of the queries, then the columns' rows of K. Query rows that are not
-// there keep what lies in shared memory: their columns of the products are never read.
+// Warps take rows in turn: those of the queries, then the columns' rows of K, then of V. Query rows that
+// are not there keep what lies in shared memory: their columns of the products are never read.
 template <class Map>
-__device__ void prepare(const Plan<Map>& plan, const Unit& u, const StepArgs& args, const float* qkv, const float* q_norm, const float* k_norm,
-                        u8* cache) {
+__device__ void prepare(Exchange<Map>& exchange, const Plan<Map>& plan, const Unit& u, const Qkv<Map>& qkv,
+                        const float* q_norm, const float* k_norm, u8* cache) {
   const Scratch<Map> s = Scratch<Map>::here();
-  constexpr int kRowWidth = (model::kHeads + 2 * model::kKvHeads) * kHeadDim;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = thread_index() / 32, lane = thread_index() % 32, n = plan.n_columns;
   const bool last = u.split == plan.splits - 1;
   const int rows = plan.rows(u);
   if (last) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kBlockBytes / 16; i += kConsumers) reinterpret_cast<uint4*>(s.fresh)[i] = make_uint4(0, 0, 0, 0);
+    for (int i = thread_index(); i < kBlockBytes / 16; i += kConsumers) reinterpret_cast<uint4*>(s.fresh)[i] = make_uint4(0, 0, 0, 0);
     sync_consumers();  // the block of fresh positions is zero
   }
 #pragma unroll 1
-  for (int r = warp; r < rows + (last ? plan.n_columns : 0); r += kWarps) {
-    const bool query = r < rows;
-    const int row = u.row_tile * kRows + r, column = query ? row / kGroup : r - rows, position = plan.position + column;
-    u8* to = s.queries + r * kQueryStride;
-    const int head = query ? u.kv_head * kGroup + row % kGroup : model::kHeads + u.kv_head;
-    const float* from = qkv + (u64)column * kRowWidth + head * kHeadDim;
-    u8* block = u.row_tile == 0 ? cache + block_offset(u.kv_head, position / 16, args.max_blocks) : nullptr;
+  for (int r = warp; r < rows + (last ? 2 * n : 0); r += kWarps) {
+    const bool query = r < rows, key = r < rows + n;
+    const int row = u.row_tile * kRows + r, column = query ? row / kGroup : (r - rows) % n, position = plan.position + column;
+    const int head = query ? u.kv_head * kGroup + row % kGroup : model::kHeads + (key ? 0 : model::kKvHeads) + u.kv_head;
+    u8* block = u.row_tile == 0 ? cache + block_offset(u.kv_head, position / 16, exchange.args.max_blocks) : nullptr;
     const auto store = [&](int fresh_offset, int cache_offset, float value) {
       const u16 bits = rounded(value);
       *reinterpret_cast<u16*>(s.fresh + fresh_offset) = bits;
       if (block) *reinterpret_cast<u16*>(block + cache_offset) = bits;
     };
-    if (!query)
-#pragma unroll 1
-      for (int d = lane; d < kHeadDim; d += 32)
-        store(v_offset(column, d), v_offset(position % 16, d), ld_cg(from + model::kKvHeads * kHeadDim + d));
-    rotate_row(from, query ? q_norm : k_norm, args, position, [&](int d, float v) {
-      if (query) reinterpret_cast<u16*>(to)[d] = rounded(v);
-      else store(k_offset(column, d), k_offset(position % 16, d), v);
-    });
+    if (key) {
+      rotate_head(exchange, qkv, column, head * kHeadDim, query ? q_norm : k_norm, position, [&](int d, float v) {
+        if (query) reinterpret_cast<u16*>(s.queries + r * kQueryStride)[d] = rounded(v);
+        else store(k_offset(column, d), k_offset(position % 16, d), v);
+      });
+      continue;
+    }
+    constexpr int kValues = kHeadDim / 32;
+    int at[kValues];
+    float v[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; i++) at[i] = head * kHeadDim + lane + 32 * i;
+    qkv.get(exchange, column, at, v);
+#pragma unroll
+    for (int i = 0; i < kValues; i++) store(v_offset(column, lane + 32 * i), v_offset(position % 16, lane + 32 * i), v[i]);
   }
 }
 
@@ -160,9 +188,9 @@ struct Running {
 template <class Map, class Visible>
 __device__ __forceinline__ void attend(Running& run, const u8* block, Visible visible) {
   const u8* queries = Scratch<Map>::here().queries;
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
   float score[4] = {}, odd[4] = {};
-#pragma unroll 2
+#pragma unroll 1
   for (int d = 0; d < kHeadDim / 32; d++) {
     const uint4* rows = reinterpret_cast<const uint4*>(block + d * 1024);
     const uint4 low = rows[lane], high = rows[32 + lane];
@@ -200,20 +228,22 @@ __device__ __forceinline__ void attend(Running& run, const u8* block, Visible vi
 template <class Map, bool kMerge>
 __device__ __forceinline__ void leave(const Running& run, int slot) {
   const Scratch<Map> s = Scratch<Map>::here();
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const int g = thread_index() % 32 / 4, q = thread_index() % 4;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int row = slot * kRows + 2 * q + i;
+    const int row_in_slot = 2 * q + i, row = slot * s.kSlotRows + row_in_slot;
     float sum = run.sum[i], top = run.maximum[i], mine = 1, other = 0;
 #pragma unroll
     for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-    if constexpr (kMerge) {
+    const bool kept = row_in_slot < s.kSlotRows;
+    if (kMerge && kept) {
       const float theirs = s.sums[row * 2], base = fmaxf(top, theirs);
       if (base != -kInfinity) mine = ex2_approx(top - base), other = ex2_approx(theirs - base);
       sum = sum * mine + s.sums[row * 2 + 1] * other;
       top = base;
-      __syncwarp();  // all lanes of the row have read its sums
     }
+    if (kMerge) __syncwarp();  // all lanes of the row have read its sums
+    if (!kept) continue;
     float* at = s.outputs + row * kHeadDim + g;
 #pragma unroll
     for (int d = 0; d < kHeadDim / 8; d++) {
@@ -241,12 +271,12 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
       });
     }
   });
-  if (threadIdx.x / 32 == kWarps - 1 && u.split == plan.splits - 1)
+  if (thread_index() / 32 == kWarps - 1 && u.split == plan.splits - 1)
     attend<Map>(run, s.fresh, [&](int row, int offset) {
       const int column = column_of(row);
       return offset <= column && offset < plan.n_columns && (!window || offset > column - window);
     });
-  const int slot = threadIdx.x / 32 % Map::kSlots, turn = threadIdx.x / 32 / Map::kSlots;
+  const int slot = thread_index() / 32 % Map::kSlots, turn = thread_index() / 32 / Map::kSlots;
   if (turn == 0) leave<Map, false>(run, slot);
   sync_consumers();  // publishes the first slots
 #pragma unroll 1
@@ -292,66 +322,66 @@ template <class Map, class Put>
 __device__ __forceinline__ void combine_slots(int rows, Put put) {
   const Scratch<Map> s = Scratch<Map>::here();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * kHeadDim; i += kConsumers) {
+  for (int i = thread_index(); i < rows * kHeadDim; i += kConsumers) {
     const int row = i / kHeadDim, d = i % kHeadDim;
     put(row, d, combined<Map>(Map::kSlots, [&](int slot) {
-          const int at = slot * kRows + row;
+          const int at = slot * s.kSlotRows + row;
           return Part{s.sums[at * 2], s.sums[at * 2 + 1], s.outputs[at * kHeadDim + d]};
         }));
   }
 }
 
-// Attention's phase. out: 16-bit [n_columns][n_heads * head_dim], of the type that wo multiplies with.
+// What the block's warps left, and with several splits all of them, by the block that arrives last;
+// finish(row, dim, part) is called by whole warps.
+template <class Map, class Finish>
+__device__ __forceinline__ void combine(const Exchange<Map>& exchange, const Plan<Map>& plan, const Unit& u, Finish finish) {
+  const int rows = plan.rows(u);
+  if (plan.splits == 1) return combine_slots<Map>(rows, finish);
+  // partials: [kv head][row tile][split][kRows][head_dim + 2]
+  constexpr int kRow = kHeadDim + 2;
+  const Workspace work(exchange.args);
+  const int team = u.kv_head * plan.row_tiles + u.row_tile;
+  float* parts = work.partials() + (u64)team * plan.splits * kRows * kRow;
+  float* mine = parts + u.split * kRows * kRow;
+  combine_slots<Map>(rows, [&](int row, int d, const Part& part) {
+    mine[row * kRow + 2 + d] = part.value;
+    if (d == 0) mine[row * kRow] = part.maximum, mine[row * kRow + 1] = part.sum;
+  });
+  sync_consumers();  // the block's part is complete
+  u32* last = reinterpret_cast<u32*>(Scratch<Map>::here().queries);
+  if (thread_index() == 0)  // publishes the part, sees the others', and counts from 0 again after the last
+    *last = atom_inc_acq_rel_gpu(work.arrivals() + team, plan.splits - 1) == (u32)plan.splits - 1;
+  sync_consumers();  // publishes who combines
+  if (!*last) return;
+#pragma unroll 1
+  for (int j = thread_index(); j < rows * kHeadDim; j += kConsumers) {
+    const int row = j / kHeadDim, d = j % kHeadDim;
+    finish(row, d, combined<Map>(plan.splits, [&](int split) {
+             const float* p = parts + (split * kRows + row) * kRow;
+             return Part{ld_cg(p), ld_cg(p + 1), ld_cg(p + 2 + d)};
+           }));
+  }
+}
+
+// Attention's phase; out has the type that wo multiplies with.
 template <class Map, bool kOutBf16>
-__device__ void run(Consumer<Map>& consumer, Deal& deal, const Plan<Map>& plan, int window, const StepArgs& args, const float* qkv,
-                    const float* q_norm, const float* k_norm, u8* cache, float* partials, u32* arrivals, u16* out) {
+__device__ void run(Consumer<Map>& consumer, Exchange<Map>& exchange, Deal& deal, const Plan<Map>& plan, int window,
+                    const Qkv<Map>& qkv, const float* q_norm, const float* k_norm, u8* cache, const Halves<Map, model::kHeads * kHeadDim>& out) {
   const Deal::Share share = deal.take(plan.units());
-  const Scratch<Map> s = Scratch<Map>::here();
   consumer.profile.mark(kBegin);
 #pragma unroll 1
   for (int i = 0; i < share.count; i++) {
-    const int index = share.first + i * kGrid;
-    const Unit u = unit_of(plan, index);
-    const int rows = plan.rows(u);
-    const auto finish = [&](int row, int d, const Part& part) {
-      const int global = u.row_tile * kRows + row, column = global / kGroup, head = u.kv_head * kGroup + global % kGroup;
-      out[((u64)column * model::kHeads + head) * kHeadDim + d] = (u16)round_pair<kOutBf16>(__fdividef(part.value, part.sum), 0.0f);
-    };
-    sync_consumers();  // shared memory of the previous unit is free
-    prepare(plan, u, args, qkv, q_norm, k_norm, cache);
+    const Unit u = unit_of(plan, share.first + i * kGrid);
+    prepare(exchange, plan, u, qkv, q_norm, k_norm, cache);
     sync_consumers();  // publishes queries and fresh positions to the block's consumers
     consumer.profile.mark(kLoaded);
     attend_all(consumer, plan, u, window);
     consumer.profile.mark(kStreamed);
-    if (plan.splits == 1) {
-      combine_slots<Map>(rows, finish);
-      continue;
-    }
-    // partials: [kv head][row tile][split][kRows][head_dim + 2]
-    constexpr int kRow = kHeadDim + 2;
-    const int team = u.kv_head * plan.row_tiles + u.row_tile;
-    float* mine = partials + ((u64)team * plan.splits + u.split) * kRows * kRow;
-    combine_slots<Map>(rows, [&](int row, int d, const Part& part) {
-      mine[row * kRow + 2 + d] = part.value;
-      if (d == 0) mine[row * kRow] = part.maximum, mine[row * kRow + 1] = part.sum;
+    combine(exchange, plan, u, [&](int row, int d, const Part& part) {
+      const int global = u.row_tile * kRows + row, column = global / kGroup, head = u.kv_head * kGroup + global % kGroup;
+      out.put(exchange, column, head * kHeadDim + d, (u16)round_pair<kOutBf16>(__fdividef(part.value, part.sum), 0.0f), 0xffffffffu);
     });
-    sync_consumers();  // the block's part is complete
-    u32* last = reinterpret_cast<u32*>(s.queries);
-    if (threadIdx.x == 0) {
-      *last = atom_add_acq_rel_gpu(arrivals + team, 1) == (u32)plan.splits - 1;  // publishes it, and sees the others'
-      if (*last) arrivals[team] = 0;
-    }
-    sync_consumers();  // publishes who combines
-    if (!*last) continue;
-    const float* parts = partials + (u64)team * plan.splits * kRows * kRow;
-#pragma unroll 1
-    for (int j = threadIdx.x; j < rows * kHeadDim; j += kConsumers) {
-      const int row = j / kHeadDim, d = j % kHeadDim;
-      finish(row, d, combined<Map>(plan.splits, [&](int split) {
-               const float* p = parts + (split * kRows + row) * kRow;
-               return Part{ld_cg(p), ld_cg(p + 1), ld_cg(p + 2 + d)};
-             }));
-    }
+    sync_consumers();  // shared memory of the unit is free
   }
   consumer.profile.mark(kWritten);
 }

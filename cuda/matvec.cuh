@@ -70,7 +70,7 @@ struct Columns {
 template <class Map, Matrix m>
 __device__ __forceinline__ void multiply_tile(float (&acc)[4], float (&bias_acc)[4], const u8* tile, const u8* x, const float* sums0,
                                               const float* sums1) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_index() % 32;
   if constexpr (m.group == 0) {
     const uint4* rows = reinterpret_cast<const uint4*>(tile);
     const uint4 lo = rows[lane], hi = rows[32 + lane], b = *reinterpret_cast<const uint4*>(x);
@@ -132,7 +132,7 @@ __device__ __forceinline__ float finish(float acc, float bias_acc, bool high_row
 // One chunk of one row block, added to this warp's partial sums [16 rows][kColumns].
 template <class Map, Matrix m>
 __device__ __forceinline__ void multiply_chunk(float* partial, const u8* tiles, int first_tile, int count) {
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
   using C = Columns<Map, m>;
   const int column = Map::kColumns == 1 ? 0 : g;  // with one column all eight columns of the mma are that one
   const u8* x = C::x(column) + first_tile * m.tile_cols() * 2 + q * 16;
@@ -152,10 +152,18 @@ __device__ __forceinline__ void multiply_chunk(float* partial, const u8* tiles, 
   }
 }
 
+struct Nothing {};
+struct FetchNothing {
+  __device__ __forceinline__ Nothing operator()(int) const { return {}; }
+};
+
 // The consumers' half of a matrix product. load_panel(panel) brings activations into shared memory (and
-// synchronises); use(row, column, low, high) receives rows `row` and `row + 8` of W x.
-template <class Map, Matrix m, class LoadPanel, class Use>
-__device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& deal, int n_columns, LoadPanel load_panel, Use use) {
+// synchronises); use(row, column, low, high, lanes, fetched) receives rows `row` and `row + 8` of W x, in
+// all lanes of the mask `lanes` together. With one column it also gets what fetch(row) returned before the
+// product, so that reads of global memory are not waited for.
+template <class Map, Matrix m, class LoadPanel, class Use, class Fetch = FetchNothing>
+__device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& deal, int n_columns, LoadPanel load_panel, Use use,
+                                                Fetch fetch = FetchNothing()) {
   using W = Walk<Map, m>;
   const Deal::Share share = deal.take(m.row_blocks());
   float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + W::kPartialsAt);
@@ -166,9 +174,12 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
 #pragma unroll 1
   for (int window = 0; window < share.count; window += W::kWindow) {
     const int blocks = smaller(W::kWindow, share.count - window);
-    float* mine = partials + threadIdx.x / 32 * kSlot;
+    const auto row_of = [&](int b) { return (share.first + (window + b) * kGrid) * 16 + int(thread_index()) / Map::kColumns % 8; };
+    static_assert(W::kWindow * 8 <= kConsumers, "with one column a thread has at most one row to fetch for");
+    const auto fetched = fetch(row_of(smaller(int(thread_index()) / 8, blocks - 1)));  // by all, so that nothing waits for it
+    float* mine = partials + thread_index() / 32 * kSlot;
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < blocks * kSlot; i += 32) mine[i / kSlot * kWarps * kSlot + i % kSlot] = 0;
+    for (int i = thread_index() % 32; i < blocks * kSlot; i += 32) mine[i / kSlot * kWarps * kSlot + i % kSlot] = 0;
     __syncwarp();
 #pragma unroll 1
     for (int panel = 0; panel < W::kPanels; panel++) {
@@ -183,8 +194,9 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
     consumer.profile.mark(kStreamed);
     constexpr int kColumns = Map::kColumns;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < blocks * 8 * kColumns; i += kConsumers) {
+    for (int i = thread_index(); i < blocks * 8 * kColumns; i += kConsumers) {
       const int b = i / (8 * kColumns), g = i / kColumns % 8, column = i % kColumns;
+      const int callers = blocks * 8 * kColumns - i / 32 * 32;  // from lane 0 on
       if (column >= n_columns) continue;
       float low = 0, high = 0;
       for (int w = 0; w < kWarps; w++) {
@@ -192,7 +204,7 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
         low += slot[0];
         high += slot[8 * Map::kColumns];
       }
-      use((share.first + (window + b) * kGrid) * 16 + g, column, low, high);
+      use(row_of(b), column, low, high, callers >= 32 ? 0xffffffffu : (1u << callers) - 1, fetched);
     }
     sync_consumers();  // the partial sums may be overwritten
   }

@@ -1,6 +1,7 @@
 // Bringing activations into shared memory: from the fp32 residual through RMSNorm, or as the 16-bit
 // vectors that attention and SwiGLU left behind. Every block loads all columns for itself.
 #pragma once
+#include "exchange.cuh"
 #include "matvec.cuh"
 
 #define kInfinity __int_as_float(0x7f800000)
@@ -11,76 +12,90 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-// Eight activations of one column, rounded, with the sum over each group for integer weights.
-// All lanes of a warp call it with consecutive k8; columns past the matrix hold zeros.
-template <class Map, Matrix m>
-__device__ __forceinline__ void put_rounded(int column, int k8, int end8, uint4 v) {
+// Which units of a panel's activations belong to a thread. With one column the warps share it, with several
+// each warp has columns of its own. A group of columns never straddles two warps.
+template <class Map, Matrix m, int kUnit>
+struct LoadShare {
+  using W = Walk<Map, m>;
+  static constexpr bool kAlone = Map::kColumns > 1;  // a warp with its column
+  static constexpr int kUnits = W::kPanelTiles * m.tile_cols() / kUnit;
+  static constexpr int kGroupLanes = m.has_sums() ? m.group / kUnit : 1, kGroupRounds = ceil_div(kGroupLanes, 32);
+  static constexpr int kRounds = ceil_div(ceil_div(kUnits, kAlone ? 32 : kConsumers), kGroupRounds) * kGroupRounds;
+  static __device__ __forceinline__ int first_column() { return kAlone ? thread_index() / 32 : 0; }
+  static __device__ __forceinline__ int unit(int round) {
+    return (kAlone ? 0 : thread_index() / 32 * kRounds * 32) + round * 32 + thread_index() % 32;
+  }
+};
+
+// A unit of rounded activations into shared memory, with the sums over groups for integer weights. All
+// lanes of a warp call it, round after round; units past `end` are not written.
+template <class Map, Matrix m, int kUnit>
+__device__ __forceinline__ void put_rounded(int column, int round, int end, const u32 (&v)[kUnit / 2], float& carried) {
   using C = Columns<Map, m>;
-  if (k8 < end8) *reinterpret_cast<uint4*>(C::x(column) + k8 * 16) = v;
+  using S = LoadShare<Map, m, kUnit>;
+  const int unit = S::unit(round);
+  u32* at = reinterpret_cast<u32*>(C::x(column)) + unit * (kUnit / 2);
+  if (unit < end) {
+    if constexpr (kUnit == 8) *reinterpret_cast<uint4*>(at) = make_uint4(v[0], v[1], v[2], v[3]);
+    else if constexpr (kUnit == 4) *reinterpret_cast<uint2*>(at) = make_uint2(v[0], v[1]);
+    else *at = v[0];
+  }
   if constexpr (m.has_sums()) {
     float sum = 0;
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < 4; i++) sum += low_half<false>(words[i]) + high_half<false>(words[i]);
+    for (int i = 0; i < kUnit / 2; i++) sum += low_half<false>(v[i]) + high_half<false>(v[i]);
+    if constexpr (S::kGroupRounds > 1) {
+      carried = round % S::kGroupRounds ? carried + sum : sum;
+      if (round % S::kGroupRounds != S::kGroupRounds - 1) return;
+      sum = carried;
+    }
 #pragma unroll
-    for (int i = 1; i < m.group / 8; i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
-    if (k8 < end8 && k8 % (m.group / 8) == 0) C::sums(column)[k8 * 8 / m.group] = sum;
+    for (int i = 1; i < smaller(S::kGroupLanes, 32); i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    if (unit < end && unit % smaller(S::kGroupLanes, 32) == 0) C::sums(column)[unit * kUnit / m.group] = sum;
   }
 }
 
-template <bool kBf16>
-__device__ __forceinline__ uint4 round_8(const float (&v)[8]) {
-  return make_uint4(round_pair<kBf16>(v[0], v[1]), round_pair<kBf16>(v[2], v[3]), round_pair<kBf16>(v[4], v[5]), round_pair<kBf16>(v[6], v[7]));
-}
-
-__device__ __forceinline__ void load_8(const float* at, float (&v)[8]) {
-  const uint4 a = ld_cg(reinterpret_cast<const uint4*>(at)), b = ld_cg(reinterpret_cast<const uint4*>(at) + 1);
-  const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-  for (int i = 0; i < 8; i++) v[i] = __uint_as_float(words[i]);
-}
-
-// Which vectors of 8 belong to a thread: with one column the whole block shares it, with several each
-// warp has columns of its own.
-template <class Map>
-struct LoadShare {
-  static constexpr int kThreads = Map::kColumns == 1 ? kConsumers : 32;
-  static constexpr int kTeams = kConsumers / kThreads;
-  static __device__ __forceinline__ int thread() { return threadIdx.x % kThreads; }
-  static __device__ __forceinline__ int team() { return threadIdx.x / kThreads; }
-};
-
-// 16-bit activations [columns][m.cols] from global memory; their type is what m multiplies with.
+// The 16-bit activations that the phase before published; their type is what m multiplies with.
 template <class Map, Matrix m>
-__device__ void load_rounded(const u8* source, int n_columns, int panel) {
-  using S = LoadShare<Map>;
+__device__ void load_rounded(Exchange<Map>& exchange, const Halves<Map, m.cols>& source, int n_columns, int panel) {
+  constexpr int kUnit = Halves<Map, m.cols>::kUnit;
+  using S = LoadShare<Map, m, kUnit>;
   using W = Walk<Map, m>;
-  const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
-  sync_consumers();  // nobody reads the previous activations any more
-  constexpr int kRounds = ceil_div(W::kPanelTiles * m.tile_cols() / 8, S::kThreads), kBatch = smaller(kRounds, 8);
+  const int begin = panel * S::kUnits, end = W::tiles(panel) * m.tile_cols() / kUnit;
+  if (W::kPanels > 1) sync_consumers();  // nobody reads the previous panel any more
+  constexpr int kBatch = smaller(S::kRounds, 8);
 #pragma unroll 1
-  for (int column = S::team(); column < n_columns; column += S::kTeams)
-    for (int round = 0; round < kRounds; round += kBatch) {
-      uint4 v[kBatch];  // all on their way before the first is needed
+  for (int column = S::first_column(); column < n_columns; column += kWarps) {
+    float carried = 0;
+#pragma unroll 1
+    for (int round = 0; round < S::kRounds; round += kBatch) {
+      int unit[kBatch];
+      bool wanted[kBatch];
+      u32 v[kBatch][kUnit / 2];  // all on their way before the first is needed
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        const int k8 = (round + i) * S::kThreads + S::thread();
-        v[i] = make_uint4(0, 0, 0, 0);
-        if (begin8 + k8 < m.cols / 8 && k8 < end8) v[i] = ld_cg(reinterpret_cast<const uint4*>(source) + (u64)column * (m.cols / 8) + begin8 + k8);
-      }
+        unit[i] = begin + S::unit(round + i);
+        wanted[i] = round + i < S::kRounds && unit[i] < m.cols / kUnit && S::unit(round + i) < end;
 #pragma unroll
-      for (int i = 0; i < kBatch; i++) put_rounded<Map, m>(column, (round + i) * S::kThreads + S::thread(), end8, v[i]);
+        for (int j = 0; j < kUnit / 2; j++) v[i][j] = 0;
+      }
+      source.get(exchange, column, unit, wanted, v);
+#pragma unroll
+      for (int i = 0; i < kBatch; i++)
+        if (round + i < S::kRounds) put_rounded<Map, m, kUnit>(column, round + i, end, v[i], carried);
     }
+    if (!S::kAlone) break;
+  }
   sync_consumers();  // publishes the activations to the block's consumers
 }
 
 // The sum over the threads that share a column.
 template <class Map>
-__device__ __forceinline__ float team_sum(float v) {
+__device__ __forceinline__ float column_sum(float v) {
   v = warp_sum(v);
-  if constexpr (LoadShare<Map>::kThreads > 32) {
+  if constexpr (Map::kColumns == 1) {
     float* warps = reinterpret_cast<float*>(Shared<Map>::scratch() + Map::kReduce);  // [kWarps]
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+    if (thread_index() % 32 == 0) warps[thread_index() / 32] = v;
     sync_consumers();  // publishes the warps' sums
     v = 0;
     for (int w = 0; w < kWarps; w++) v += warps[w];
@@ -88,90 +103,85 @@ __device__ __forceinline__ float team_sum(float v) {
   return v;
 }
 
-// The weight of a norm. With one column a thread fetches its part before the barrier that the norm waits
-// for, so that device memory's latency is not exposed; with several it reads it when needed.
-template <class Map>
-struct NormWeight {
-  using S = LoadShare<Map>;
-  static constexpr int kRounds = ceil_div(model::kDim / 8, S::kThreads);
-  static constexpr bool kHeld = Map::kColumns == 1 && kRounds <= 2;
-  const float4* weight;
-  float4 held[kHeld ? 2 * kRounds : 1];
-
-  __device__ __forceinline__ void fetch(const float* from) {
-    weight = reinterpret_cast<const float4*>(from);
-    if constexpr (kHeld)
-#pragma unroll
-      for (int round = 0; round < kRounds; round++) {
-        const int k8 = round * S::kThreads + S::thread();
-        if (k8 < model::kDim / 8) held[2 * round] = ld_nc(weight + 2 * k8), held[2 * round + 1] = ld_nc(weight + 2 * k8 + 1);
-      }
-  }
-  // v *= scale * weight, for the vector that this thread has in `round`.
-  __device__ __forceinline__ void apply(int round, int k8, float scale, float (&v)[8]) const {
-    const float4 a = kHeld ? held[2 * round] : ld_nc(weight + 2 * k8), b = kHeld ? held[2 * round + 1] : ld_nc(weight + 2 * k8 + 1);
-    const float w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] *= scale * w[i];
-  }
-};
-
-// RMSNorm(residual) * weight, rounded for m. read(column, k8, v) yields eight fp32 values of the residual.
-// A thread reads kBatch vectors at a time; where that is all of them it keeps them, else it reads again.
-template <class Map, Matrix m, class Read>
-__device__ void load_normed(const NormWeight<Map>& weight, int n_columns, int panel, Read read) {
-  using S = LoadShare<Map>;
+// RMSNorm(residual) * weight, rounded for m. A thread reads kBatch units at a time; where those are all it
+// keeps them, else it reads them again. With one column the weight is on its way from device memory to L2
+// while the residual is waited for.
+template <class Map, Matrix m>
+__device__ void load_normed(Exchange<Map>& exchange, const Floats<Map, model::kDim>& residual, const float* norm_weight, int n_columns,
+                            int panel) {
+  constexpr int kUnit = Floats<Map, model::kDim>::kUnit;
+  using S = LoadShare<Map, m, kUnit>;
   using W = Walk<Map, m>;
-  constexpr int kEnd8 = model::kDim / 8, kRounds = NormWeight<Map>::kRounds;
-  constexpr int kBatch = smaller(kRounds, 4);  // 32 registers
-  constexpr bool kKeep = W::kPanels == 1 && kRounds == kBatch;
-  static_assert(kKeep || !NormWeight<Map>::kHeld, "a held weight is applied to the vectors that were kept");
-  const int begin8 = panel * W::kPanelTiles * m.tile_cols() / 8, end8 = W::tiles(panel) * m.tile_cols() / 8;
-  sync_consumers();  // nobody reads the previous activations any more
+  constexpr int kEnd = model::kDim / kUnit, kAllRounds = ceil_div(kEnd, S::kAlone ? 32 : kConsumers);
+  constexpr int kBatch = smaller(S::kRounds, kTagged<Map> ? 16 : 8);
+  constexpr bool kKeep = W::kPanels == 1 && S::kRounds == kBatch;
+  static_assert(!kTagged<Map> || W::kPanels == 1, "one column is normed as a whole");
+  const int begin = panel * S::kUnits, end = W::tiles(panel) * m.tile_cols() / kUnit;
+  if (W::kPanels > 1) sync_consumers();  // nobody reads the previous panel any more
 #pragma unroll 1
-  for (int column = S::team(); column < n_columns; column += S::kTeams) {
-    float v[kBatch][8], squares = 0;
-    const auto read_batch = [&](int round, int begin, int end) {
-#pragma unroll
-      for (int i = 0; i < kBatch; i++) {
-        const int k8 = (round + i) * S::kThreads + S::thread();
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[i][j] = 0;
-        if (begin + k8 < kEnd8 && k8 < end) read(column, begin + k8, v[i]);
+  for (int column = S::first_column(); column < n_columns; column += kWarps) {
+    float v[kBatch][kUnit], squares = 0, carried = 0;
+    const auto read_weight = [&](int unit, float(&w)[kUnit]) {
+      if constexpr (kUnit == 4) {
+        const float4 at = ld_nc(reinterpret_cast<const float4*>(norm_weight) + unit);
+        w[0] = at.x, w[1] = at.y, w[2] = at.z, w[3] = at.w;
+      } else {
+        const float2 at = ld_nc(reinterpret_cast<const float2*>(norm_weight) + unit);
+        w[0] = at.x, w[1] = at.y;
       }
     };
-#pragma unroll 1
-    for (int round = 0; round < kRounds; round += kBatch) {
-      read_batch(round, 0, kEnd8);
-#pragma unroll
-      for (int i = 0; i < kBatch * 8; i++) squares += v[i / 8][i % 8] * v[i / 8][i % 8];
-    }
-    const float scale = rsqrtf(team_sum<Map>(squares) / model::kDim + model::kNormEps);
-    constexpr int kPutRounds = ceil_div(W::kPanelTiles * m.tile_cols() / 8, S::kThreads);
-#pragma unroll 1
-    for (int round = 0; round < kPutRounds; round += kBatch) {
-      if (!kKeep) read_batch(round, begin8, end8);
+    const auto read_batch = [&](int round, int first, int last) {
+      int unit[kBatch];
+      bool wanted[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        const int k8 = (round + i) * S::kThreads + S::thread();
-        if (begin8 + k8 < kEnd8 && k8 < end8) weight.apply(kKeep ? i : 0, begin8 + k8, scale, v[i]);
-        put_rounded<Map, m>(column, k8, end8, round_8<m.bf16()>(v[i]));
+        unit[i] = first + S::unit(round + i);
+        wanted[i] = unit[i] < kEnd && S::unit(round + i) < last;
+#pragma unroll
+        for (int j = 0; j < kUnit; j++) v[i][j] = 0;
+        if (kTagged<Map> && wanted[i] && unit[i] % 16 == 0) prefetch_l2(norm_weight + unit[i] * kUnit);
+      }
+      residual.get(exchange, column, unit, wanted, v);
+    };
+#pragma unroll 1
+    for (int round = 0; round < (kTagged<Map> ? S::kRounds : kAllRounds); round += kBatch) {
+      read_batch(round, 0, kEnd);
+#pragma unroll
+      for (int i = 0; i < kBatch * kUnit; i++) squares += v[i / kUnit][i % kUnit] * v[i / kUnit][i % kUnit];
+    }
+    const float scale = rsqrtf(column_sum<Map>(squares) / model::kDim + model::kNormEps);
+#pragma unroll 1
+    for (int round = 0; round < S::kRounds; round += kBatch) {
+      if (!kKeep) read_batch(round, begin, end);
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        if (round + i >= S::kRounds) break;
+        const int unit = S::unit(round + i);
+        u32 rounded[kUnit / 2] = {};
+        if (begin + unit < kEnd && unit < end) {
+          float w[kUnit];
+          read_weight(begin + unit, w);
+#pragma unroll
+          for (int j = 0; j < kUnit / 2; j++)
+            rounded[j] = round_pair<m.bf16()>(v[i][2 * j] * (scale * w[2 * j]), v[i][2 * j + 1] * (scale * w[2 * j + 1]));
+        }
+        put_rounded<Map, m, kUnit>(column, round + i, end, rounded, carried);
       }
     }
+    if (!S::kAlone) break;
   }
   sync_consumers();  // publishes the activations to the block's consumers
 }
 
-// This block's part of the residual [n_columns][dim], from read(column, k8, v).
+// This block's part of the residual, from read(column, k8, v).
 template <class Map, class Read>
-__device__ void store_share(float* residual, int n_columns, Read read) {
+__device__ void store_share(const Exchange<Map>& exchange, const Floats<Map, model::kDim>& residual, int n_columns, Read read) {
   constexpr int kVectors = model::kDim / 8;
 #pragma unroll 1
-  for (int i = blockIdx.x * kConsumers + threadIdx.x; i < n_columns * kVectors; i += kGrid * kConsumers) {
+  for (int i = blockIdx.x * kConsumers + thread_index(); i < n_columns * kVectors; i += kGrid * kConsumers) {
     float v[8];
     read(i / kVectors, i % kVectors, v);
-    float4* at = reinterpret_cast<float4*>(residual + i * 8);
-    at[0] = make_float4(v[0], v[1], v[2], v[3]);
-    at[1] = make_float4(v[4], v[5], v[6], v[7]);
+#pragma unroll
+    for (int j = 0; j < 8; j++) residual.put(exchange, i / kVectors, i % kVectors * 8 + j, v[j]);
   }
 }

@@ -26,6 +26,20 @@ __device__ __forceinline__ u32 ld_relaxed_gpu(const u32* p) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+// 64-bit words, each read or written at once.
+__device__ __forceinline__ u64 ld_relaxed_gpu(const u64* p) {
+  u64 v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ ulonglong2 ld_relaxed_gpu(const ulonglong2* p) {
+  ulonglong2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void st_relaxed_gpu(u64* p, u64 v) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
 __device__ __forceinline__ void red_add_release_gpu(u32* p, u32 v) {
   asm volatile("red.add.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -33,6 +47,12 @@ __device__ __forceinline__ void red_add(float* p, float v) { asm volatile("red.r
 __device__ __forceinline__ u32 atom_add_acq_rel_gpu(u32* p, u32 v) {
   u32 old;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
+// One more, but 0 after `last`; gives what was before.
+__device__ __forceinline__ u32 atom_inc_acq_rel_gpu(u32* p, u32 last) {
+  u32 old;
+  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(last) : "memory");
   return old;
 }
 __device__ __forceinline__ u32 atom_cas_sys(u32* p, u32 expected, u32 v) {
@@ -64,6 +84,19 @@ __device__ __forceinline__ u32 ld_cg(const u32* p) {
 __device__ __forceinline__ float4 ld_nc(const float4* p) {
   float4 v;
   asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ __forceinline__ float2 ld_nc(const float2* p) {
+  float2 v;
+  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
+  return v;
+}
+
+// threadIdx.x, read anew: what a phase derives from it is not kept in registers through all other phases.
+__device__ __forceinline__ u32 thread_index() {
+  u32 v;
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(v));
   return v;
 }
 

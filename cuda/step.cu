@@ -32,23 +32,27 @@ template <class Map>
 __device__ void consume(const StepArgs& args) {
   const Workspace work(args);
   Consumer<Map> consumer(args);
-  GridBarrier grid(args);
+  Exchange<Map> exchange(args);
   Deal deal;
   const int n = args.n_columns;
+  const Floats<Map, model::kDim> residual{work.residual(), work.residual_words()};
+  const Floats<Map, tensors::wqkv.rows> qkv{work.qkv(), work.qkv_words()};
+  const Halves<Map, tensors::wo.cols> attended{work.attended(), work.attended_words(), tensors::wo.cols / 2 / kWarps};
+  const Halves<Map, model::kHiddenDim> hidden{work.hidden(), work.hidden_words(), 4};
 
   const auto embedding = [&](int column, int k8, float (&v)[8]) {
     const int token = args.tokens[column] >= 0 ? args.tokens[column] : (int)ld_cg(work.next_token());
     dequantize_8<tensors::embed>(args.weights + tensors::embed.offset, token, k8 * 8, v);
   };
-  const auto residual = [&](int column, int k8, float (&v)[8]) { load_8(work.residual() + column * model::kDim + k8 * 8, v); };
-  const auto add_to_residual = [&](const float* bias, int column, int row, float v) {
-    red_add(work.residual() + column * model::kDim + row, v + (bias ? bias[row] : 0.0f));  // nobody else adds to it
+  using Old = typename Floats<Map, model::kDim>::Rows;
+  const auto fetch_residual = [&](int row) { return residual.fetch(row); };
+  const auto add_to_residual = [&](const float* bias, int column, int row, float v, u64 fetched, u32 ago) {
+    residual.add(exchange, column, row, v + (bias ? bias[row] : 0.0f), fetched, ago);
   };
 
-  const float* final_norm = reinterpret_cast<const float*>(args.weights + tensors::final_norm);
-  NormWeight<Map> norm;  // of the next load
-  norm.fetch(reinterpret_cast<const float*>(args.weights + tensors::kLayers + tensors::attn_norm));
-  store_share<Map>(work.residual(), n, embedding);
+  attention::Turns<Map>::keep(args);
+  store_share(exchange, residual, n, embedding);
+  exchange.next();  // publishes the embedding
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
@@ -60,60 +64,52 @@ __device__ void consume(const StepArgs& args) {
 
     multiply_matrix<Map, tensors::wqkv>(
         consumer, deal, n,
-        [&](int panel) {
-          load_normed<Map, tensors::wqkv>(norm, n, panel, [&](int column, int k8, float(&v)[8]) {
-            if (layer == 0) embedding(column, k8, v);
-            else residual(column, k8, v);
-          });
-        },
-        [&](int row, int column, float low, float high) {
-          float* at = work.qkv() + column * tensors::wqkv.rows + row;
-          at[0] = low + (wqkv_bias ? wqkv_bias[row] : 0.0f);
-          at[8] = high + (wqkv_bias ? wqkv_bias[row + 8] : 0.0f);
+        [&](int panel) { load_normed<Map, tensors::wqkv>(exchange, residual, vector(tensors::attn_norm), n, panel); },
+        [&](int row, int column, float low, float high, u32, Nothing) {
+          qkv.put(exchange, column, row, low + (wqkv_bias ? wqkv_bias[row] : 0.0f));
+          qkv.put(exchange, column, row + 8, high + (wqkv_bias ? wqkv_bias[row + 8] : 0.0f));
         });
-    grid.sync();  // publishes q, k and v of the step's positions, and layer 0's residual
+    exchange.next();  // publishes q, k and v of the step's positions
 
     const attention::Plan<Map> plan(n, args.position, model::window(layer));
-    attention::run<Map, tensors::wo.bf16()>(consumer, deal, plan, model::window(layer), args, work.qkv(), vector(tensors::q_norm),
-                                            vector(tensors::k_norm), args.kv_cache + layer * args.kv_layer_bytes, work.partials(),
-                                            work.arrivals(), work.attended());
-    grid.sync();  // publishes the heads' outputs
+    attention::run<Map, tensors::wo.bf16()>(consumer, exchange, deal, plan, model::window(layer), qkv, vector(tensors::q_norm),
+                                            vector(tensors::k_norm), args.kv_cache + layer * args.kv_layer_bytes, attended);
+    exchange.next();  // publishes the heads' outputs
 
     multiply_matrix<Map, tensors::wo>(
-        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::wo>(reinterpret_cast<const u8*>(work.attended()), n, panel); },
-        [&](int row, int column, float low, float high) {
-          if (row < model::kDim) add_to_residual(wo_bias, column, row, low);
-          if (row + 8 < model::kDim) add_to_residual(wo_bias, column, row + 8, high);
-        });
-    norm.fetch(vector(tensors::ffn_norm));
-    grid.sync();  // publishes the residual with attention added
+        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::wo>(exchange, attended, n, panel); },
+        [&](int row, int column, float low, float high, u32, Old old) {
+          add_to_residual(wo_bias, column, row, low, old.low, 3);
+          add_to_residual(wo_bias, column, row + 8, high, old.high, 3);
+        },
+        fetch_residual);
+    exchange.next();  // publishes the residual with attention added
 
     multiply_matrix<Map, tensors::w_gate_up>(
-        consumer, deal, n, [&](int panel) { load_normed<Map, tensors::w_gate_up>(norm, n, panel, residual); },
-        [&](int row, int column, float gate, float up) {
+        consumer, deal, n, [&](int panel) { load_normed<Map, tensors::w_gate_up>(exchange, residual, vector(tensors::ffn_norm), n, panel); },
+        [&](int row, int column, float gate, float up, u32 lanes, Nothing) {
           if (w_gate_up_bias) gate += w_gate_up_bias[row], up += w_gate_up_bias[row + 8];
-          const int hidden = row / 16 * 8 + row % 8;
-          work.hidden()[column * model::kHiddenDim + hidden] = (u16)round_pair<tensors::w_down.bf16()>(silu(gate) * up, 0.0f);
+          hidden.put(exchange, column, row / 16 * 8 + row % 8, (u16)round_pair<tensors::w_down.bf16()>(silu(gate) * up, 0.0f), lanes);
         });
-    grid.sync();  // publishes SwiGLU's result
+    exchange.next();  // publishes SwiGLU's result
 
     multiply_matrix<Map, tensors::w_down>(
-        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::w_down>(reinterpret_cast<const u8*>(work.hidden()), n, panel); },
-        [&](int row, int column, float low, float high) {
-          if (row < model::kDim) add_to_residual(w_down_bias, column, row, low);
-          if (row + 8 < model::kDim) add_to_residual(w_down_bias, column, row + 8, high);
-        });
-    const bool last = layer + 1 == model::kLayers;
-    norm.fetch(last ? final_norm : vector(tensors::kLayerBytes + tensors::attn_norm));
-    grid.sync();  // publishes the layer's output
+        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::w_down>(exchange, hidden, n, panel); },
+        [&](int row, int column, float low, float high, u32, Old old) {
+          add_to_residual(w_down_bias, column, row, low, old.low, 2);
+          add_to_residual(w_down_bias, column, row + 8, high, old.high, 2);
+        },
+        fetch_residual);
+    exchange.next();  // publishes the layer's output
   }
 
   if (!args.head) return;
+  const float* final_norm = reinterpret_cast<const float*>(args.weights + tensors::final_norm);
   const bool keep_logits = args.logits || sampler::filtered(args);
   Candidate best;
   multiply_matrix<Map, tensors::head>(
-      consumer, deal, n, [&](int panel) { load_normed<Map, tensors::head>(norm, n, panel, residual); },
-      [&](int row, int column, float low, float high) {
+      consumer, deal, n, [&](int panel) { load_normed<Map, tensors::head>(exchange, residual, final_norm, n, panel); },
+      [&](int row, int column, float low, float high, u32, Nothing) {
         const float both[2] = {low, high};
 #pragma unroll
         for (int i = 0; i < 2; i++) {

@@ -15,7 +15,7 @@ __device__ __noinline__ void raise_alarm(u32* alarm, u32 kind, u32 phase, u32 ex
   __threadfence_system();
 }
 
-// A wait that knows how long it has lasted. Looks at the clock every 256 tries.
+// A wait for the ring that knows how long it has lasted. Looks at the clock every 256 tries.
 struct Patience {
   u64 limit_ns, start_ns = 0;
   u32 tries = 0;
@@ -28,7 +28,26 @@ struct Patience {
   }
 };
 
-// All blocks wait for all blocks. After an alarm nobody waits any more: the step runs to its end on
+// Waiting for other blocks: looks so far, and since when by the clock, which is read at every 64th.
+struct Looks {
+  u32 count = 0;
+  u64 since_ns = 0;
+};
+constexpr u64 kGivenUp = ~0ull;
+
+// The new since_ns. Apart from the loops that look, for those are many.
+__device__ __noinline__ u64 look_around(const StepArgs& args, u64 since_ns, u32 alarm, u32 phase, u32 expected, u32 seen) {
+  u32* abandoned = Workspace(args).abandoned();
+  if (ld_relaxed_gpu(abandoned)) return kGivenUp;
+  const u64 now = globaltimer_ns();
+  if (!since_ns) return now;
+  if (now - since_ns <= args.watchdog_ns) return since_ns;
+  raise_alarm(args.alarm, alarm, phase, expected, seen);
+  red_add_release_gpu(abandoned, 1);
+  return kGivenUp;
+}
+
+// All blocks wait for all blocks; only thread 0 looks. After an alarm nobody waits any more: the step runs to its end on
 // garbage, the ring empties as usual, and the host throws the result away.
 struct GridBarrier {
   const StepArgs& args;
@@ -44,24 +63,18 @@ struct GridBarrier {
     phase++;
     if (threadIdx.x == 0) {
       red_add_release_gpu(Workspace(args).barrier(), 1);
-      if (!gave_up) wait();
+      Looks looks;
+      u32 seen;
+      do seen = ld_acquire_gpu(Workspace(args).barrier());
+      while ((int)(seen - target) < 0 && !gives_up(looks, kAlarmGridBarrier, phase, target, seen));
     }
     sync_consumers();
   }
 
- private:
-  __device__ __forceinline__ void wait() {
-    Patience patience(args.watchdog_ns);
-    while (true) {
-      const u32 seen = ld_acquire_gpu(Workspace(args).barrier());
-      if ((int)(seen - target) >= 0) return;
-      if (patience.tries % 64 == 63 && ld_relaxed_gpu(Workspace(args).abandoned())) break;
-      if (patience.over()) {
-        raise_alarm(args.alarm, kAlarmGridBarrier, phase, target, seen);
-        red_add_release_gpu(Workspace(args).abandoned(), 1);
-        break;
-      }
-    }
-    gave_up = true;
+  // After each look that saw too little: whether to stop waiting for other blocks, for the rest of the step.
+  __device__ __forceinline__ bool gives_up(Looks& looks, u32 alarm, u32 phase, u32 expected, u32 seen) {
+    if (gave_up || ++looks.count % 64) return gave_up;
+    looks.since_ns = look_around(args, looks.since_ns, alarm, phase, expected, seen);
+    return gave_up = looks.since_ns == kGivenUp;
   }
 };

@@ -25,7 +25,7 @@ from .tuning import ATTENTION_ROWS, MANY_COLUMNS, SharedMap, Tuning, chunk_tiles
 KERNELS = ("step_one", "step_many")
 PHASES_PER_LAYER = 5
 PROFILE_MARKS = 4  # of a phase, as in cuda/profile.cuh
-ALARM_GRID_BARRIER, ALARM_RING = 1, 2
+ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD = 1, 2, 3  # what was waited for in vain
 _ALIGN = 256  # bytes, of every tensor on the device
 _ABSENT = 0xFFFFFFFFFFFFFFFF
 _KINDS = {"bf16": "kBf16", "fp16": "kFp16", "fp8": "kFp8", "int8": "kInt8", "int4": "kInt4"}
@@ -51,6 +51,7 @@ def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
         ("n_columns", "int"), ("max_blocks", "int"),  # blocks of 16 positions in the cache
         ("head", "int"), ("logits", "int"), ("greedy", "int"), ("top_k", "int"),
         ("barrier_base", "u32"),  # arrivals at the grid barrier before this launch
+        ("first_phase", "u32"),  # the number of its first phase
         ("ticket", "u32"),
     ]  # fmt: skip
     columns = [(f[0], _NUMPY_TYPES[f[1]], *f[2:]) for f in fields]
@@ -114,7 +115,7 @@ def generate(
         _workspace_struct(workspace),
     ])  # fmt: skip
     source = join_sources(resource_dir("cuda"), "step.cu", {"config.cuh": constants})
-    phases = PHASES_PER_LAYER * config.n_layers
+    phases = PHASES_PER_LAYER * config.n_layers + 1  # the embedding is one
     return Program(source, weights, maps, tuning, args, workspace, phases)
 
 
@@ -186,13 +187,15 @@ def _check(config: ModelConfig, matrices: Mapping[str, Layout]) -> None:
 def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
     return "\n".join([
         f"constexpr int kWarps = {tuning.warps}, kConsumers = {32 * tuning.warps};",
-        f"constexpr int kThreads = {32 * tuning.warps + 32}, kStageBytes = {tuning.stage_bytes};",
+        f"constexpr int kProducers = {tuning.producers}, kThreads = kConsumers + 32 * kProducers;",
+        f"constexpr int kStageBytes = {tuning.stage_bytes};",
         f"constexpr int kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
         f"constexpr int kGrid = {tuning.grid};",
         f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",
         f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)};",
         f"constexpr bool kProfile = {_bool(tuning.profile)};",
         f"constexpr u32 kAlarmGridBarrier = {ALARM_GRID_BARRIER}, kAlarmRing = {ALARM_RING};",
+        f"constexpr u32 kAlarmWord = {ALARM_WORD};",
     ])  # fmt: skip
 
 
@@ -258,6 +261,7 @@ def _map_struct(name: str, m: SharedMap) -> str:
     return f"""struct {name} {{
   static constexpr int kColumns = {m.columns}, kStages = {m.stages};
   static constexpr int kPanelCols = {m.panel_cols}, kReduce = {m.reduce};
+  static constexpr int kTurns = {m.turns};
   static constexpr int kSlots = {m.slots}, kStageData = {m.stage_data}, kScratch = {m.scratch};
   static constexpr int kTotalBytes = {m.total_bytes};
 }};"""
@@ -267,6 +271,7 @@ _WORKSPACE_TYPES = {
     "barrier": "u32", "abandoned": "u32", "next_token": "u32", "arrivals": "u32",
     "candidates": "struct Candidate", "residual": "float", "qkv": "float", "attended": "u16",
     "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
+    "residual_words": "u64", "qkv_words": "u64", "attended_words": "u64", "hidden_words": "u64",
 }  # fmt: skip
 
 
@@ -288,6 +293,10 @@ def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
         "hidden": 2 * MANY_COLUMNS * config.hidden_dim,
         "logits": 4 * MANY_COLUMNS * config.vocab_size,
         "partials": 4 * tuning.grid * ATTENTION_ROWS * (config.head_dim + 2),
+        # The same vectors of one column, in words that carry the number of a phase.
+        "residual_words": 8 * config.dim, "qkv_words": 8 * qkv,
+        "attended_words": 4 * config.n_heads * config.head_dim,
+        "hidden_words": 4 * config.hidden_dim,
         "profile": 8 * tuning.profile * tuning.grid * phases * PROFILE_MARKS,
     }  # fmt: skip
     offsets, end = {}, 0

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rope
-from .codegen import ALARM_GRID_BARRIER, PROFILE_MARKS, generate
+from .codegen import ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD, PROFILE_MARKS, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
@@ -82,6 +82,7 @@ class StepModel:
             device.release()
             raise
         self._ticket = self._arrivals = 0
+        self._phases = 1  # zero is what words hold at first
         self._launching = False
         self._rope_length = 0
 
@@ -138,9 +139,12 @@ class StepModel:
         if self._launching:  # an interrupt left open whether the last launch happened
             self._reset_barrier()
         args["barrier_base"] = self._arrivals & 0xFFFFFFFF
+        args["first_phase"] = self._phases & 0xFFFFFFFF
+        self._phases += self.program.barriers + 1  # the head is a phase, too
         self._launching = True
         self._launch["step_one" if n == 1 else "step_many"](args)
-        self._arrivals += self.program.barriers * self.program.tuning.grid
+        if n > 1:
+            self._arrivals += self.program.barriers * self.program.tuning.grid
         self._launching = False
         return self._ticket
 
@@ -190,7 +194,7 @@ class StepModel:
         """
         assert self.program.tuning.profile, "the in-kernel timer is not compiled in"
         self.wait()
-        phases = self.program.barriers + 1
+        phases = self.program.barriers
         marks = np.empty((self.program.tuning.grid, phases, PROFILE_MARKS), np.uint64)
         self.device.download(self._workspace + self.program.workspace["profile"], marks)
         return marks
@@ -262,7 +266,11 @@ class StepModel:
         self._reset_barrier()  # the abandoned step runs to its end on its own
         self._alarm[:] = 0
         limit = int(self._args["watchdog_ns"]) / 1e9
-        what = "grid barrier" if kind == ALARM_GRID_BARRIER else "stage of the ring"
+        what = {
+            ALARM_GRID_BARRIER: "grid barrier",
+            ALARM_RING: "stage of the ring",
+            ALARM_WORD: "result of another block",
+        }[kind]
         raise DeviceError(
             f"a wait in the step kernel took longer than {limit:g} s: {what}, block {block}, "
             f"phase {phase}, expected {expected}, seen {seen}; the step was abandoned, the model "

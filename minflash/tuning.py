@@ -40,6 +40,7 @@ class Tuning:
     """Choices that hold for all kernels of a module. Fields may be overridden for experiments."""
 
     warps: int = 8  # consumer warps
+    producers: int = 1  # producer warps
     stages: int = 24  # most stages of the ring; a kernel takes fewer where memory is short
     stage_bytes: int = 8192
     # Most bytes of copies that have not landed: five stages, see docs/experiments.md.
@@ -62,7 +63,8 @@ class SharedMap:
     slots: int  # attention results kept at a time
     stage_data: int
     scratch: int
-    reduce: int  # within scratch; what a phase needs otherwise lies before, see Walk in matvec.cuh
+    reduce: int  # within scratch; what a phase needs lies before it, see Walk in cuda/matvec.cuh
+    turns: int  # within scratch: rotations of one position
     total_bytes: int
 
 
@@ -140,8 +142,9 @@ def _with_stages(
 ) -> SharedMap | None:
     stage_data = _round_up(stages * _RING_BYTES_PER_STAGE, 128)
     scratch = stage_data + stages * tuning.stage_bytes
-    room = (tuning.shared_bytes - scratch - _REDUCE_BYTES) // 128 * 128
-    slots = _attention_slots(config, tuning, room)
+    turns_bytes = 4 * config.head_dim if columns == 1 else 0
+    room = (tuning.shared_bytes - scratch - _REDUCE_BYTES - turns_bytes) // 128 * 128
+    slots = _attention_slots(config, tuning, columns, room)
     if slots is None or room < _SELECT_BYTES:
         return None
     widest = _round_up(max(layout.cols for layout in layouts.values()), _PANEL_STEP)
@@ -150,8 +153,11 @@ def _with_stages(
     panel = min(widest, _widest_panel(room - partials, columns, sums))
     if panel < min(widest, _least_panel(config, columns, fair_bytes)):
         return None
-    total = scratch + room + _REDUCE_BYTES
-    return SharedMap(columns, stages, panel, slots, stage_data, scratch, room, total)
+    turns = room + _REDUCE_BYTES
+    return SharedMap(
+        columns, stages, panel, slots, stage_data, scratch, room, turns,
+        scratch + turns + turns_bytes,
+    )  # fmt: skip
 
 
 def _least_panel(config: ModelConfig, columns: int, fair_bytes: int) -> int:
@@ -173,15 +179,17 @@ def _widest_panel(room: int, columns: int, sums: int) -> int:
     return max(0, (room - padding) // per_step) * _PANEL_STEP
 
 
-def _attention_bytes(config: ModelConfig, slots: int) -> int:
+def _attention_bytes(config: ModelConfig, columns: int, slots: int) -> int:
     queries, fresh = ATTENTION_ROWS * (config.head_dim * 2 + 16), 64 * config.head_dim
-    return queries + fresh + slots * ATTENTION_ROWS * (config.head_dim + 2) * 4
+    group = config.n_heads // config.n_kv_heads
+    rows = min(ATTENTION_ROWS, group) if columns == 1 else ATTENTION_ROWS
+    return queries + fresh + slots * rows * (config.head_dim + 2) * 4
 
 
-def _attention_slots(config: ModelConfig, tuning: Tuning, room: int) -> int | None:
+def _attention_slots(config: ModelConfig, tuning: Tuning, columns: int, room: int) -> int | None:
     """Most warps whose results lie in shared memory at a time: a divisor of the warps, or None."""
     for slots in range(tuning.warps, 0, -1):
-        if tuning.warps % slots == 0 and _attention_bytes(config, slots) <= room:
+        if tuning.warps % slots == 0 and _attention_bytes(config, columns, slots) <= room:
             return slots
     return None
 

@@ -11,7 +11,7 @@
 
 namespace emulated {
 
-constexpr u32 kWarps = 32, kBarriers = 16, kPolled = 4, kCanaryBytes = 256;
+constexpr u32 kWarps = 32, kBarriers = 16, kPolled = 64, kCanaryBytes = 256;
 constexpr u8 kPoison = 0xff, kCanary = 0xa5;   // 0xff...: NaN in every float format
 
 enum class State : u8 { ready, warp, barrier, mbarrier, spin, done };

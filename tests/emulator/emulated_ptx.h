@@ -223,6 +223,18 @@ inline u32 ld_relaxed_gpu(const u32* p) {
   emulated::after_poll(p, v);
   return v;
 }
+inline u64 ld_relaxed_gpu(const u64* p) {
+  const u32* high = reinterpret_cast<const u32*>(p) + 1;   // the part that changes from phase to phase
+  emulated::before_poll(high);
+  u64 v = __atomic_load_n(p, __ATOMIC_RELAXED);
+  emulated::after_poll(high, (u32)(v >> 32));
+  return v;
+}
+inline ulonglong2 ld_relaxed_gpu(const ulonglong2* p) { return {ld_relaxed_gpu(&p->x), ld_relaxed_gpu(&p->y)}; }
+inline void st_relaxed_gpu(u64* p, u64 v) {
+  __atomic_store_n(p, v, __ATOMIC_RELAXED);
+  emulated::progress();
+}
 inline void red_add_release_gpu(u32* p, u32 v) {
   __atomic_fetch_add(p, v, __ATOMIC_RELEASE);
   emulated::progress();
@@ -230,6 +242,12 @@ inline void red_add_release_gpu(u32* p, u32 v) {
 inline void red_add(float* p, float v) { atomicAdd(p, v); }
 inline u32 atom_add_acq_rel_gpu(u32* p, u32 v) {
   u32 old = __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+  emulated::progress();
+  return old;
+}
+inline u32 atom_inc_acq_rel_gpu(u32* p, u32 last) {
+  u32 old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(p, &old, old >= last ? 0 : old + 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
   emulated::progress();
   return old;
 }
@@ -248,6 +266,9 @@ inline float ld_cg(const float* p) { return *p; }
 inline u32 ld_cg(const u32* p) { return *p; }
 
 inline float4 ld_nc(const float4* p) { return *p; }
+inline void prefetch_l2(const void*) {}
+inline float2 ld_nc(const float2* p) { return *p; }
+inline u32 thread_index() { return threadIdx.x; }
 inline u64 globaltimer_ns() { return emulated::clock_ns(); }
 inline u64 clock64_now() { return globaltimer_ns(); }
 

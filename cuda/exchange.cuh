@@ -1,0 +1,194 @@
+// How a phase's results reach the blocks of the next phase.
+//
+// With several columns they lie in plain vectors, and a grid barrier ends each phase. With one column there
+// is no barrier: each value travels in a 64-bit word with the number of the phase that wrote it, and a
+// reader polls the words that it needs. That saves a fence, an atomic and a read of L2 a phase.
+//
+// No word is overwritten before all its readers have read it: whoever is two phases further has seen
+// results of every block that had work in between, and each of those began with reading its own words.
+#pragma once
+#include "sync.cuh"
+
+template <class Map>
+constexpr bool kTagged = Map::kColumns == 1;
+
+template <class Map>
+struct Exchange {
+  const StepArgs& args;
+  GridBarrier grid;
+  u32 phase;  // no two phases of a model's life have the same number (it wraps)
+
+  __device__ __forceinline__ explicit Exchange(const StepArgs& args) : args(args), grid(args), phase(args.first_phase) {}
+
+  // Ends a phase: what its blocks wrote is published.
+  __device__ __forceinline__ void next() {
+    phase++;
+    if constexpr (!kTagged<Map>) grid.sync();
+  }
+
+  __device__ __forceinline__ void put(u64* word, u32 value) const { st_relaxed_gpu(word, (u64)phase << 32 | value); }
+
+  // One word in each warp's name, `spread` apart from the vector's end on, where the results lie that come
+  // last: all lanes polling for a long vector slow down the stream of weights.
+  template <int kWords>
+  __device__ __forceinline__ void await_last(const u64* words, int spread, u32 ago) {
+    if constexpr (kWords > 64) {
+      if (threadIdx.x % 32 == 0) {
+        const u64* word = words + kWords - 1 - spread * int(threadIdx.x / 32) % kWords;
+        Looks looks;
+        u32 seen;
+        do seen = u32(ld_relaxed_gpu(word) >> 32);
+        while (seen != phase - ago && !grid.gives_up(looks, kAlarmWord, phase - args.first_phase, phase - ago, seen));
+      }
+      __syncwarp();
+    }
+  }
+
+  // Pairs of words, written `ago` phases before this one, all on their way at once.
+  template <int kPairs>
+  __device__ __forceinline__ void get(const u64* words, const int (&index)[kPairs], const bool (&wanted)[kPairs], u32 ago,
+                                      ulonglong2 (&v)[kPairs]) {
+    const u32 tag = phase - ago;
+    Looks looks;
+    u32 late;
+    do {
+      late = 0;
+#pragma unroll
+      for (int i = 0; i < kPairs; i++)
+        if (wanted[i]) v[i] = ld_relaxed_gpu(reinterpret_cast<const ulonglong2*>(words) + index[i]);
+#pragma unroll
+      for (int i = 0; i < kPairs; i++)
+        if (wanted[i]) late |= u32(v[i].x >> 32) ^ tag | u32(v[i].y >> 32) ^ tag;
+    } while (late && !grid.gives_up(looks, kAlarmWord, phase - args.first_phase, tag, tag ^ late));
+  }
+
+  // Single words; at[i] == nullptr: none.
+  template <int kWords>
+  __device__ __forceinline__ void get(const u64* const (&at)[kWords], u32 ago, u32 (&values)[kWords]) {
+    const u32 tag = phase - ago;
+    Looks looks;
+    u32 late, seen;
+    do {
+      late = seen = 0;
+      u64 words[kWords];
+#pragma unroll
+      for (int i = 0; i < kWords; i++)
+        if (at[i]) words[i] = ld_relaxed_gpu(at[i]);
+#pragma unroll
+      for (int i = 0; i < kWords; i++)
+        if (at[i]) values[i] = u32(words[i]), seen = words[i] >> 32, late |= seen ^ tag;
+    } while (late && !grid.gives_up(looks, kAlarmWord, phase - args.first_phase, tag, seen));
+  }
+};
+
+// A vector of fp32 for each column.
+template <class Map, int kWidth>
+struct Floats {
+  float* plain;  // [columns][kWidth]
+  u64* words;    // [kWidth]
+  struct Rows { u64 low, high; };  // words of a row and of the one eight further
+  __device__ __forceinline__ void put(const Exchange<Map>& exchange, int column, int i, float v) const {
+    if constexpr (kTagged<Map>) exchange.put(words + i, __float_as_uint(v));
+    else plain[column * kWidth + i] = v;
+  }
+  // Adds to what was written `ago` phases before; nobody else changes that element meanwhile. With one
+  // column the old value is given, fetched so early that nobody waits for it.
+  __device__ __forceinline__ void add(Exchange<Map>& exchange, int column, int i, float v, u64 fetched, u32 ago) const {
+    if constexpr (kTagged<Map>) {
+      u32 old[1] = {u32(fetched)};
+      if (u32(fetched >> 32) != exchange.phase - ago) exchange.get({words + i}, ago, old);
+      put(exchange, column, i, __uint_as_float(old[0]) + v);
+    } else {
+      red_add(plain + column * kWidth + i, v);
+    }
+  }
+  __device__ __forceinline__ Rows fetch(int row) const {
+    if constexpr (kTagged<Map>) return {ld_relaxed_gpu(words + row), ld_relaxed_gpu(words + row + 8)};
+    else return {};
+  }
+  // Units unit[i] of kUnit values, of the phase before: what a lane reads at once, so that a warp reads
+  // whole lines.
+  static constexpr int kUnit = kTagged<Map> ? 2 : 4;
+  template <int kUnits>
+  __device__ __forceinline__ void get(Exchange<Map>& exchange, int column, const int (&unit)[kUnits], const bool (&wanted)[kUnits],
+                                      float (&v)[kUnits][kUnit]) const {
+    if constexpr (kTagged<Map>) {
+      exchange.template await_last<kWidth>(words, 16, 1);
+      constexpr int kAtOnce = kUnits <= 8 || kUnits % 8 ? kUnits : 8;
+#pragma unroll
+      for (int first = 0; first < kUnits; first += kAtOnce) {
+        int index[kAtOnce];
+        bool some[kAtOnce];
+        ulonglong2 pairs[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) index[i] = unit[first + i], some[i] = wanted[first + i];
+        exchange.get(words, index, some, 1, pairs);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+          if (some[i]) v[first + i][0] = __uint_as_float(u32(pairs[i].x)), v[first + i][1] = __uint_as_float(u32(pairs[i].y));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnits; i++)
+        if (wanted[i]) {
+          const uint4 bits = ld_cg(reinterpret_cast<const uint4*>(plain + column * kWidth) + unit[i]);
+          v[i][0] = __uint_as_float(bits.x), v[i][1] = __uint_as_float(bits.y);
+          v[i][2] = __uint_as_float(bits.z), v[i][3] = __uint_as_float(bits.w);
+        }
+    }
+  }
+  // Values at[i] of one column (negative: none), of the phase before.
+  template <int kValues>
+  __device__ __forceinline__ void get(Exchange<Map>& exchange, int column, const int (&at)[kValues], float (&v)[kValues]) const {
+    if constexpr (kTagged<Map>) {
+      const u64* where[kValues];
+      u32 bits[kValues] = {};
+#pragma unroll
+      for (int i = 0; i < kValues; i++) where[i] = at[i] < 0 ? nullptr : words + at[i];
+      exchange.get(where, 1, bits);
+#pragma unroll
+      for (int i = 0; i < kValues; i++) v[i] = __uint_as_float(bits[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kValues; i++) v[i] = at[i] < 0 ? 0 : ld_cg(plain + (u64)column * kWidth + at[i]);
+    }
+  }
+};
+
+// A vector of 16-bit values for each column; a word holds two.
+template <class Map, int kWidth>
+struct Halves {
+  u16* plain;  // [columns][kWidth]
+  u64* words;  // [kWidth / 2]
+  int spread;  // words of one writer
+  // All lanes of `lanes` call it together, lane by lane with consecutive i, the even ones with an even i.
+  __device__ __forceinline__ void put(const Exchange<Map>& exchange, int column, int i, u16 v, u32 lanes) const {
+    if constexpr (kTagged<Map>) {
+      const u32 other = __shfl_xor_sync(lanes, (u32)v, 1);
+      if (i % 2 == 0) exchange.put(words + i / 2, v | other << 16);
+    } else {
+      plain[(u64)column * kWidth + i] = v;
+    }
+  }
+  // Units unit[i] of kUnit values, two a word of v, of the phase before.
+  static constexpr int kUnit = kTagged<Map> ? 4 : 8;
+  template <int kUnits>
+  __device__ __forceinline__ void get(Exchange<Map>& exchange, int column, const int (&unit)[kUnits], const bool (&wanted)[kUnits],
+                                      u32 (&v)[kUnits][kUnit / 2]) const {
+    if constexpr (kTagged<Map>) {
+      exchange.template await_last<kWidth / 2>(words, spread, 1);
+      ulonglong2 pairs[kUnits];
+      exchange.get(words, unit, wanted, 1, pairs);
+#pragma unroll
+      for (int i = 0; i < kUnits; i++)
+        if (wanted[i]) v[i][0] = u32(pairs[i].x), v[i][1] = u32(pairs[i].y);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnits; i++)
+        if (wanted[i]) {
+          const uint4 bits = ld_cg(reinterpret_cast<const uint4*>(plain + (u64)column * kWidth) + unit[i]);
+          v[i][0] = bits.x, v[i][1] = bits.y, v[i][2] = bits.z, v[i][3] = bits.w;
+        }
+    }
+  }
+};
