@@ -60,20 +60,16 @@ struct Producer {
   const StepArgs& args;
   int stage = 0;   // next stage to fill
   u32 parity = 0;  // of that stage's current round
-  int others;      // chunks until this warp's turn
 
-  __device__ __forceinline__ explicit Producer(const StepArgs& args) : args(args), others((threadIdx.x - kConsumers) / 32) {}
+  __device__ __forceinline__ explicit Producer(const StepArgs& args) : args(args) {}
 
   // Waits until the copy kMost before has landed, and for the stage to be free.
   template <int kMost>
   __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
     static_assert(kMost >= 1 && kMost < Map::kStages, "a stage cannot be filled twice");
-    if (others-- == 0) {
-      await_landing(kMost);
-      wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
-      start(src, bytes);
-      others = kProducers - 1;
-    }
+    await_landing(kMost);
+    wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
+    start(src, bytes);
     if (++stage == Map::kStages) stage = 0, parity ^= 1;
   }
 

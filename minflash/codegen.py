@@ -187,8 +187,7 @@ def _check(config: ModelConfig, matrices: Mapping[str, Layout]) -> None:
 def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
     return "\n".join([
         f"constexpr int kWarps = {tuning.warps}, kConsumers = {32 * tuning.warps};",
-        f"constexpr int kProducers = {tuning.producers}, kThreads = kConsumers + 32 * kProducers;",
-        f"constexpr int kStageBytes = {tuning.stage_bytes};",
+        f"constexpr int kThreads = {32 * tuning.warps + 32}, kStageBytes = {tuning.stage_bytes};",
         f"constexpr int kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
         f"constexpr int kGrid = {tuning.grid};",
         f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",

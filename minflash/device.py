@@ -176,7 +176,7 @@ class CudaDevice:
             kernel = module.get_function(name)
             driver.funcSetAttribute(kernel.ptr, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
             self.local_bytes[name] = driver.funcGetAttribute(_LOCAL_BYTES, kernel.ptr)
-        grid, threads = program.tuning.grid, 32 * (program.tuning.warps + program.tuning.producers)
+        grid, threads = program.tuning.grid, 32 * (program.tuning.warps + 1)
         function, current, stream = kernel.ptr, self._current, self.stream.ptr
 
         def launch(args: NDArray[np.void], module: object = module) -> None:

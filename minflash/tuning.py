@@ -20,6 +20,7 @@ ATTENTION_ROWS = 8  # query rows of one unit of attention, as in cuda/attention.
 _RING_BYTES_PER_STAGE = 16  # two mbarriers
 _REDUCE_BYTES = 256
 _SELECT_BYTES = 2048 * 8 + 64
+_FEW_ROW_BLOCKS = 3  # of one block of the grid
 _LEAST_WINDOW = 4  # row blocks whose partial sums are kept
 _PANEL_STEP = 128  # columns: a multiple of every tile's width
 _LINE_BYTES = 128  # of L2: copies that cut lines cost a tenth of the speed (docs/experiments.md)
@@ -40,7 +41,6 @@ class Tuning:
     """Choices that hold for all kernels of a module. Fields may be overridden for experiments."""
 
     warps: int = 8  # consumer warps
-    producers: int = 1  # producer warps
     stages: int = 24  # most stages of the ring; a kernel takes fewer where memory is short
     stage_bytes: int = 8192
     # Most bytes of copies that have not landed: five stages, see docs/experiments.md.
@@ -103,11 +103,12 @@ def _line_tiles(layout: Layout) -> int:
 def chunk_tiles(layout: Layout, tuning: Tuning) -> int:
     """Tiles of one copy: as many as a stage holds, fewer where the warps of a block would idle.
 
-    Whole lines where a stage holds one such number of tiles.
+    Where a block has few row blocks, each of them has a chunk for every warp. Chunks are whole lines
+    where a stage holds one such number of tiles.
     """
     most = max(1, tuning.stage_bytes // layout.tile_bytes)
     row_blocks = -(-layout.row_blocks // tuning.grid)  # of one block
-    chunks = max(-(-layout.tiles // most), -(-tuning.warps // row_blocks))
+    chunks = max(-(-layout.tiles // most), tuning.warps if row_blocks <= _FEW_ROW_BLOCKS else 1)
     tiles = max(1, -(-layout.tiles // chunks))
     step = _line_tiles(layout)
     return tiles if step > most else min(_round_up(tiles, step), most // step * step)

@@ -167,7 +167,7 @@ class EmulatedDevice:
             def launch(args: NDArray[np.void]) -> None:
                 self.before_launch(args)
                 self.launches.append(name)
-                threads, shared = 32 * (program.tuning.warps + program.tuning.producers), program.maps[name].total_bytes
+                threads, shared = 32 * (program.tuning.warps + 1), program.maps[name].total_bytes
                 assert shared <= self.facts.shared_bytes
                 module.launch(
                     name, program.tuning.grid, threads, shared, args,
