@@ -91,17 +91,6 @@ struct Floats {
     if constexpr (kTagged<Map>) exchange.put(words + i, __float_as_uint(v));
     else plain[column * kWidth + i] = v;
   }
-  // Adds to what was written `ago` phases before; nobody else changes that element meanwhile. With one
-  // column the old value is given, fetched so early that nobody waits for it.
-  __device__ __forceinline__ void add(Exchange<Map>& exchange, int column, int i, float v, u64 fetched, u32 ago) const {
-    if constexpr (kTagged<Map>) {
-      u32 old[1] = {u32(fetched)};
-      if (u32(fetched >> 32) != exchange.phase - ago) exchange.get({words + i}, ago, old);
-      put(exchange, column, i, __uint_as_float(old[0]) + v);
-    } else {
-      red_add(plain + column * kWidth + i, v);
-    }
-  }
   __device__ __forceinline__ Rows fetch(int row) const {
     if constexpr (kTagged<Map>) return {ld_relaxed_gpu(words + row), ld_relaxed_gpu(words + row + 8)};
     else return {};
@@ -152,6 +141,46 @@ struct Floats {
 #pragma unroll
       for (int i = 0; i < kValues; i++) v[i] = at[i] < 0 ? 0 : ld_cg(plain + (u64)column * kWidth + at[i]);
     }
+  }
+};
+
+// The residual. With several columns there is also the sum of squares of each eight elements, so that a norm
+// reads the residual once.
+template <class Map>
+struct Residual : Floats<Map, model::kDim> {
+  using Base = Floats<Map, model::kDim>;
+  static constexpr int kSums = model::kDim / 8;
+  float* squares;  // [columns][kSums]
+  // Adds to rows `row` and `row + 8` of what was written `ago` phases before; nobody else changes them. With
+  // one column the old values are given, fetched so early that nobody waits for them. All lanes of `lanes`
+  // call it together: with several columns, lane by lane the columns of four rows.
+  __device__ __forceinline__ void add(Exchange<Map>& exchange, int column, int row, float low, float high, u32 lanes,
+                                      const typename Base::Rows& fetched, u32 ago) const {
+    if constexpr (kTagged<Map>) {
+      u32 old[2] = {u32(fetched.low), u32(fetched.high)};
+      const u32 tag = exchange.phase - ago;
+      if (u32(fetched.low >> 32) != tag || u32(fetched.high >> 32) != tag) exchange.get({this->words + row, this->words + row + 8}, ago, old);
+      this->put(exchange, column, row, __uint_as_float(old[0]) + low);
+      this->put(exchange, column, row + 8, __uint_as_float(old[1]) + high);
+    } else {
+      float* at = this->plain + column * model::kDim + row;
+      low += atom_add(at, low), high += atom_add(at + 8, high);
+      float sum = low * low + high * high;
+      sum += __shfl_xor_sync(lanes, sum, Map::kColumns);
+      sum += __shfl_xor_sync(lanes, sum, 2 * Map::kColumns);
+      if (row % 4 == 0) squares[column * kSums + row / 16 * 2 + row % 8 / 4] = sum;
+    }
+  }
+  // A column's sum of squares, by one warp.
+  __device__ __forceinline__ float sum_of_squares(int column) const {
+    const uint4* at = reinterpret_cast<const uint4*>(squares + column * kSums);
+    float sum = 0;
+#pragma unroll 4
+    for (int i = thread_index() % 32; i < kSums / 4; i += 32) {
+      const uint4 v = ld_cg(at + i);
+      sum += (__uint_as_float(v.x) + __uint_as_float(v.y)) + (__uint_as_float(v.z) + __uint_as_float(v.w));
+    }
+    return sum;
   }
 };
 

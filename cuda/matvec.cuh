@@ -196,7 +196,9 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
 #pragma unroll 1
     for (int i = thread_index(); i < blocks * 8 * kColumns; i += kConsumers) {
       const int b = i / (8 * kColumns), g = i / kColumns % 8, column = i % kColumns;
-      const int callers = blocks * 8 * kColumns - i / 32 * 32;  // from lane 0 on
+      // Callers of use(): with several columns always four rows, with one from lane 0 on.
+      const int rest = blocks * 8 * kColumns - i / 32 * 32;
+      const u32 lanes = kColumns == 8 ? 0x01010101u * ((1u << n_columns) - 1) : rest >= 32 ? 0xffffffffu : (1u << rest) - 1;
       if (column >= n_columns) continue;
       float low = 0, high = 0;
       for (int w = 0; w < kWarps; w++) {
@@ -204,7 +206,7 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
         low += slot[0];
         high += slot[8 * Map::kColumns];
       }
-      use(row_of(b), column, low, high, callers >= 32 ? 0xffffffffu : (1u << callers) - 1, fetched);
+      use(row_of(b), column, low, high, lanes, fetched);
     }
     sync_consumers();  // the partial sums may be overwritten
   }

@@ -103,18 +103,17 @@ __device__ __forceinline__ float column_sum(float v) {
   return v;
 }
 
-// RMSNorm(residual) * weight, rounded for m. A thread reads kBatch units at a time; where those are all it
-// keeps them, else it reads them again. With one column the weight is on its way from device memory to L2
-// while the residual is waited for.
+// RMSNorm(residual) * weight, rounded for m. With one column a thread sums the squares of what it reads, kBatch
+// units at a time; where those are all it keeps them, else it reads them again. The weight is meanwhile on its
+// way from device memory to L2.
 template <class Map, Matrix m>
-__device__ void load_normed(Exchange<Map>& exchange, const Floats<Map, model::kDim>& residual, const float* norm_weight, int n_columns,
+__device__ void load_normed(Exchange<Map>& exchange, const Residual<Map>& residual, const float* norm_weight, int n_columns,
                             int panel) {
   constexpr int kUnit = Floats<Map, model::kDim>::kUnit;
   using S = LoadShare<Map, m, kUnit>;
   using W = Walk<Map, m>;
-  constexpr int kEnd = model::kDim / kUnit, kAllRounds = ceil_div(kEnd, S::kAlone ? 32 : kConsumers);
-  constexpr int kBatch = smaller(S::kRounds, kTagged<Map> ? 16 : 8);
-  constexpr bool kKeep = W::kPanels == 1 && S::kRounds == kBatch;
+  constexpr int kEnd = model::kDim / kUnit, kBatch = smaller(S::kRounds, kTagged<Map> ? 16 : 8);
+  constexpr bool kKeep = kTagged<Map> && S::kRounds == kBatch;
   static_assert(!kTagged<Map> || W::kPanels == 1, "one column is normed as a whole");
   const int begin = panel * S::kUnits, end = W::tiles(panel) * m.tile_cols() / kUnit;
   if (W::kPanels > 1) sync_consumers();  // nobody reads the previous panel any more
@@ -143,28 +142,33 @@ __device__ void load_normed(Exchange<Map>& exchange, const Floats<Map, model::kD
       }
       residual.get(exchange, column, unit, wanted, v);
     };
+    if constexpr (kTagged<Map>)
 #pragma unroll 1
-    for (int round = 0; round < (kTagged<Map> ? S::kRounds : kAllRounds); round += kBatch) {
-      read_batch(round, 0, kEnd);
+      for (int round = 0; round < S::kRounds; round += kBatch) {
+        read_batch(round, 0, kEnd);
 #pragma unroll
-      for (int i = 0; i < kBatch * kUnit; i++) squares += v[i / kUnit][i % kUnit] * v[i / kUnit][i % kUnit];
-    }
+        for (int i = 0; i < kBatch * kUnit; i++) squares += v[i / kUnit][i % kUnit] * v[i / kUnit][i % kUnit];
+      }
+    else squares = residual.sum_of_squares(column);
     const float scale = rsqrtf(column_sum<Map>(squares) / model::kDim + model::kNormEps);
 #pragma unroll 1
     for (int round = 0; round < S::kRounds; round += kBatch) {
       if (!kKeep) read_batch(round, begin, end);
+      constexpr int kWeights = smaller(kBatch, kTagged<Map> ? 1 : 8);  // on their way at a time
+      float w[kWeights][kUnit];
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
+        if (i % kWeights == 0)
+#pragma unroll
+          for (int k = 0; k < kWeights; k++)
+            if (begin + S::unit(round + i + k) < kEnd && S::unit(round + i + k) < end) read_weight(begin + S::unit(round + i + k), w[k]);
         if (round + i >= S::kRounds) break;
         const int unit = S::unit(round + i);
         u32 rounded[kUnit / 2] = {};
-        if (begin + unit < kEnd && unit < end) {
-          float w[kUnit];
-          read_weight(begin + unit, w);
+        if (begin + unit < kEnd && unit < end)
 #pragma unroll
           for (int j = 0; j < kUnit / 2; j++)
-            rounded[j] = round_pair<m.bf16()>(v[i][2 * j] * (scale * w[2 * j]), v[i][2 * j + 1] * (scale * w[2 * j + 1]));
-        }
+            rounded[j] = round_pair<m.bf16()>(v[i][2 * j] * (scale * w[i % kWeights][2 * j]), v[i][2 * j + 1] * (scale * w[i % kWeights][2 * j + 1]));
         put_rounded<Map, m, kUnit>(column, round + i, end, rounded, carried);
       }
     }
@@ -175,13 +179,14 @@ __device__ void load_normed(Exchange<Map>& exchange, const Floats<Map, model::kD
 
 // This block's part of the residual, from read(column, k8, v).
 template <class Map, class Read>
-__device__ void store_share(const Exchange<Map>& exchange, const Floats<Map, model::kDim>& residual, int n_columns, Read read) {
+__device__ void store_share(const Exchange<Map>& exchange, const Residual<Map>& residual, int n_columns, Read read) {
   constexpr int kVectors = model::kDim / 8;
 #pragma unroll 1
-  for (int i = blockIdx.x * kConsumers + thread_index(); i < n_columns * kVectors; i += kGrid * kConsumers) {
-    float v[8];
+  for (int i = blockIdx.x * kConsumers + threadIdx.x; i < n_columns * kVectors; i += kGrid * kConsumers) {
+    float v[8], squares = 0;
     read(i / kVectors, i % kVectors, v);
 #pragma unroll
-    for (int j = 0; j < 8; j++) residual.put(exchange, i / kVectors, i % kVectors * 8 + j, v[j]);
+    for (int j = 0; j < 8; j++) residual.put(exchange, i / kVectors, i % kVectors * 8 + j, v[j]), squares += v[j] * v[j];
+    if constexpr (!kTagged<Map>) residual.squares[i] = squares;
   }
 }

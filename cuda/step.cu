@@ -35,7 +35,7 @@ __device__ void consume(const StepArgs& args) {
   Exchange<Map> exchange(args);
   Deal deal;
   const int n = args.n_columns;
-  const Floats<Map, model::kDim> residual{work.residual(), work.residual_words()};
+  const Residual<Map> residual{{work.residual(), work.residual_words()}, work.squares()};
   const Floats<Map, tensors::wqkv.rows> qkv{work.qkv(), work.qkv_words()};
   const Halves<Map, tensors::wo.cols> attended{work.attended(), work.attended_words(), tensors::wo.cols / 2 / kWarps};
   const Halves<Map, model::kHiddenDim> hidden{work.hidden(), work.hidden_words(), 4};
@@ -46,9 +46,6 @@ __device__ void consume(const StepArgs& args) {
   };
   using Old = typename Floats<Map, model::kDim>::Rows;
   const auto fetch_residual = [&](int row) { return residual.fetch(row); };
-  const auto add_to_residual = [&](const float* bias, int column, int row, float v, u64 fetched, u32 ago) {
-    residual.add(exchange, column, row, v + (bias ? bias[row] : 0.0f), fetched, ago);
-  };
 
   attention::Turns<Map>::keep(args);
   store_share(exchange, residual, n, embedding);
@@ -78,9 +75,9 @@ __device__ void consume(const StepArgs& args) {
 
     multiply_matrix<Map, tensors::wo>(
         consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::wo>(exchange, attended, n, panel); },
-        [&](int row, int column, float low, float high, u32, Old old) {
-          add_to_residual(wo_bias, column, row, low, old.low, 3);
-          add_to_residual(wo_bias, column, row + 8, high, old.high, 3);
+        [&](int row, int column, float low, float high, u32 lanes, Old old) {
+          if (wo_bias) low += wo_bias[row], high += wo_bias[row + 8];
+          residual.add(exchange, column, row, low, high, lanes, old, 3);
         },
         fetch_residual);
     exchange.next();  // publishes the residual with attention added
@@ -95,9 +92,9 @@ __device__ void consume(const StepArgs& args) {
 
     multiply_matrix<Map, tensors::w_down>(
         consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::w_down>(exchange, hidden, n, panel); },
-        [&](int row, int column, float low, float high, u32, Old old) {
-          add_to_residual(w_down_bias, column, row, low, old.low, 2);
-          add_to_residual(w_down_bias, column, row + 8, high, old.high, 2);
+        [&](int row, int column, float low, float high, u32 lanes, Old old) {
+          if (w_down_bias) low += w_down_bias[row], high += w_down_bias[row + 8];
+          residual.add(exchange, column, row, low, high, lanes, old, 2);
         },
         fetch_residual);
     exchange.next();  // publishes the layer's output

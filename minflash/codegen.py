@@ -268,8 +268,8 @@ def _map_struct(name: str, m: SharedMap) -> str:
 
 _WORKSPACE_TYPES = {
     "barrier": "u32", "abandoned": "u32", "next_token": "u32", "arrivals": "u32",
-    "candidates": "struct Candidate", "residual": "float", "qkv": "float", "attended": "u16",
-    "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
+    "candidates": "struct Candidate", "residual": "float", "squares": "float", "qkv": "float",
+    "attended": "u16", "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
     "residual_words": "u64", "qkv_words": "u64", "attended_words": "u64", "hidden_words": "u64",
 }  # fmt: skip
 
@@ -287,7 +287,8 @@ def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
     sizes = {
         "barrier": 4, "abandoned": 4, "next_token": 4, "arrivals": 4 * (_max_teams(config) + 1),
         "candidates": 8 * tuning.grid,
-        "residual": 4 * MANY_COLUMNS * config.dim, "qkv": 4 * MANY_COLUMNS * qkv,
+        "residual": 4 * MANY_COLUMNS * config.dim, "squares": MANY_COLUMNS * config.dim // 2,
+        "qkv": 4 * MANY_COLUMNS * qkv,
         "attended": 2 * MANY_COLUMNS * config.n_heads * config.head_dim,
         "hidden": 2 * MANY_COLUMNS * config.hidden_dim,
         "logits": 4 * MANY_COLUMNS * config.vocab_size,

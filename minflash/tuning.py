@@ -21,7 +21,7 @@ _RING_BYTES_PER_STAGE = 16  # two mbarriers
 _REDUCE_BYTES = 256
 _SELECT_BYTES = 2048 * 8 + 64
 _FEW_ROW_BLOCKS = 3  # of one block of the grid
-_LEAST_WINDOW = 4  # row blocks whose partial sums are kept
+_LEAST_WINDOW = 2  # row blocks whose partial sums are kept
 _PANEL_STEP = 128  # columns: a multiple of every tile's width
 _LINE_BYTES = 128  # of L2: copies that cut lines cost a tenth of the speed (docs/experiments.md)
 _STAGE_BYTES = 8192  # about this much
@@ -43,8 +43,7 @@ class Tuning:
     warps: int = 8  # consumer warps
     stages: int = 24  # most stages of the ring; a kernel takes fewer where memory is short
     stage_bytes: int = 8192
-    # Most bytes of copies that have not landed: five stages, see docs/experiments.md.
-    in_flight_bytes: int = 41600
+    in_flight_bytes: int = 40960  # most bytes of copies that have not landed
     bulk_copy: bool = True  # cp.async.bulk, sm_90 and newer; else cp.async
     grid: int = 132  # blocks
     shared_bytes: int = 232448
@@ -75,11 +74,16 @@ def choose(
     **overrides: int | bool,
 ) -> Tuning:
     """The tuning for a model on a device. ``overrides`` replace single fields."""
+    stage_bytes = _stage_bytes(config, matrices)
+    # What was fastest: the less there is to stream, the more barriers suffer from what is queued
+    # before them (docs/experiments.md).
+    wide = all(m.type in ("bf16", "fp16") for m in matrices.values())
     chosen = Tuning(
         bulk_copy=device.compute_capability >= 90,
         grid=device.multiprocessors,
         shared_bytes=device.shared_bytes,
-        stage_bytes=_stage_bytes(config, matrices),
+        stage_bytes=stage_bytes,
+        in_flight_bytes=(5 if wide else 4) * stage_bytes,
     )
     return replace(chosen, **overrides)  # type: ignore[arg-type]
 
@@ -103,8 +107,8 @@ def _line_tiles(layout: Layout) -> int:
 def chunk_tiles(layout: Layout, tuning: Tuning) -> int:
     """Tiles of one copy: as many as a stage holds, fewer where the warps of a block would idle.
 
-    Where a block has few row blocks, each of them has a chunk for every warp. Chunks are whole lines
-    where a stage holds one such number of tiles.
+    Where a block has few row blocks, each of them has a chunk for every warp. Chunks are whole
+    lines where a stage holds one such number of tiles.
     """
     most = max(1, tuning.stage_bytes // layout.tile_bytes)
     row_blocks = -(-layout.row_blocks // tuning.grid)  # of one block
@@ -119,11 +123,12 @@ def shared_map(
 ) -> SharedMap:
     """The largest ring that leaves a fair room, then the widest panel and window that fit.
 
-    A fair room for activations is a third of shared memory, or what all columns need; where not
-    even the smallest ring leaves that, less. Raises DeviceError when nothing fits.
+    A fair room for activations is a third of shared memory, an eighth for one column, or what they
+    need; where not even the smallest ring leaves that, less. Raises DeviceError when nothing fits.
     """
     rings = range(tuning.stages // tuning.warps * tuning.warps, 0, -tuning.warps)
-    for share, stages in product((3, 6, 12), rings):
+    shares = (8, 12) if columns == 1 else (3, 6, 12)  # of shared memory
+    for share, stages in product(shares, rings):
         found = _with_stages(config, layouts, tuning, columns, stages, tuning.shared_bytes // share)
         if found is not None:
             return found

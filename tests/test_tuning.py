@@ -62,10 +62,10 @@ def check_shared_memory(config: ModelConfig, layouts: dict[str, Layout], tuning:
         assert m.stage_data % 128 == 0 and m.scratch % 128 == 0  # bulk copies need 16
         assert m.stages * (8 + 8) <= m.stage_data  # the mbarriers lie before
         assert m.stage_data + m.stages * tuning.stage_bytes <= m.scratch
-        # Before `reduce`: activations, their sums over groups, partial sums of four row blocks.
+        # Before `reduce`: activations, their sums over groups, partial sums of two row blocks.
         sums = sum_count(layouts, m.panel_cols)
         activations = m.columns * (2 * m.panel_cols + 64 + 4 * sums)
-        assert activations + 4 * tuning.warps * 16 * m.columns * 4 <= m.reduce
+        assert activations + 2 * tuning.warps * 16 * m.columns * 4 <= m.reduce
         assert m.reduce % 16 == 0 and m.scratch + m.reduce < m.total_bytes
         assert m.panel_cols >= 128 and m.panel_cols % 128 == 0
         assert tuning.warps % m.slots == 0

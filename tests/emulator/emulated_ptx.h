@@ -239,7 +239,7 @@ inline void red_add_release_gpu(u32* p, u32 v) {
   __atomic_fetch_add(p, v, __ATOMIC_RELEASE);
   emulated::progress();
 }
-inline void red_add(float* p, float v) { atomicAdd(p, v); }
+inline float atom_add(float* p, float v) { return atomicAdd(p, v); }
 inline u32 atom_add_acq_rel_gpu(u32* p, u32 v) {
   u32 old = __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
   emulated::progress();
