@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +27,15 @@ def converted(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
 
     out = tmp_path_factory.mktemp("converted") / "small"
     return minflash.convert(source, out, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """The command line keeps the logger for its own process; the next test must not find that."""
+    logger = logging.getLogger("minflash")
+    handlers, propagate = logger.handlers[:], logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
 
 
 @cache
