@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -159,3 +160,8 @@ def test_blas_leaves_busy_processors_alone(
     blas.prepare_blas()
     assert os.environ["OPENBLAS_NUM_THREADS"] == str(threads)
     assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "20"
+
+
+def test_the_command_line_sets_blas_before_numpy_is_there() -> None:
+    code = "import sys, minflash.cli; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
