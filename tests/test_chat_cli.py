@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,6 @@ def chat(text: str, *arguments: str, model: Path = TINY) -> Any:
         command, input=text.encode(), capture_output=True, env=ENVIRONMENT, timeout=120
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[minflash.LLM]:
-    with minflash.load(TINY, device="cpu") as llm:
-        yield llm
 
 
 def talk(llm: minflash.LLM, *texts: str, system: str | None = None) -> tuple[str, list[Any]]:

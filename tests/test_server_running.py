@@ -33,24 +33,6 @@ from minflash import cli
 from minflash.server import Settings
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[minflash.LLM]:
-    with minflash.load(TINY, device="cpu") as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def server(llm: minflash.LLM) -> Iterator[Server]:
-    with running(llm) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with connect(server) as client:
-        yield client
-
-
 def test_key(llm: minflash.LLM) -> None:
     with running(llm, Settings(api_key="sesame-é")) as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame-é"}):
