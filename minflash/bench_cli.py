@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         results.append(result)
         if not args.json:
-            _print_row(result, header=len(results) == 1)
+            print_row(result, header=len(results) == 1)
     if other is not None:
         found = measure(other, shapes, contexts, args.steps, args.runs)
         results = _beside(results, found)
@@ -161,7 +161,8 @@ def _counts(name: str, text: str) -> list[int]:
     return [int(value) for value in values]
 
 
-def _print_row(result: BenchResult, *, header: bool) -> None:
+def print_row(result: BenchResult, *, header: bool) -> None:
+    """One result as a line, after a heading if it is the first."""
     if header:
         print(
             f"{result.card}, driver {result.driver}, commit {result.commit or 'unknown'}; ", end=""
