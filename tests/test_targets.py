@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from minflash.errors import DeviceError
 from minflash.shapes import shape_config, shape_layouts
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -43,6 +44,35 @@ def test_every_row_can_be_measured(tool: Any) -> None:
         assert row["context"] < config.max_context and row.get("columns", 1) <= 8
     for target in TARGETS:
         assert all(target["aim"][card] < target["must"][card] for card in target.get("aim", {}))
+
+
+class Bench:
+    """minflash.bench.Bench for a card on which 70B does not fit."""
+
+    def measure(self, shape: str, quant: str, **options: Any) -> Any:
+        from minflash.bench import BenchResult
+
+        if shape == "llama-3.1-70b":
+            raise DeviceError("too little memory")
+        group, columns = options.get("group_size", 0), options.get("columns", 1)
+        return BenchResult(
+            shape, quant, group, options["context"], columns, 0.5, 2000.0, 1.0, 2.0, 3000.0, 60.0,
+            "NVIDIA H100", "1", "abc", 8, 8192, 40960,
+        )  # fmt: skip
+
+
+def test_all_is_measured_but_for_what_does_not_fit(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("minflash.bench", exc_type=ImportError)
+    monkeypatch.setattr("minflash.bench.Bench", Bench)
+    file = tmp_path / "bench.json"
+    assert tool.main(["measure", str(file)]) == 1
+    assert "too little memory" in capsys.readouterr().out
+    assert len(json.loads(file.read_text())) == len(tool.rows(TARGETS)) - 1
+    assert tool.main(["check", str(file)]) == 1
+    missed = [line for line in capsys.readouterr().out.splitlines() if "not measured" in line]
+    assert len(missed) == 1 and missed[0].startswith("llama-3.1-70b")
 
 
 def test_the_table_says_pass_miss_and_what_is_not_there(tool: Any) -> None:
