@@ -89,7 +89,7 @@ def test_queue_limit(llm: minflash.LLM) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnect_cancels(llm: minflash.LLM, stream: bool) -> None:
     paced = PacedLLM(llm)
-    paced.delay = 0.05
+    paced.delay = 0.2  # a server on a busy machine hears of the disconnect within two steps
     body = {"messages": MESSAGES, "max_tokens": 300, "stream": stream, "ignore_eos": True}
     with running(paced) as server:
         plain = send_raw(server, body)
@@ -107,7 +107,9 @@ def test_disconnect_leaves_the_queue(llm: minflash.LLM) -> None:
     paced.gate.clear()
     with running(paced) as server:
         body = {"messages": MESSAGES, "max_tokens": 3}
-        first, second = send_raw(server, body), send_raw(server, body)
+        first = send_raw(server, body)
+        until(lambda: server.service.queue.running == 1)
+        second = send_raw(server, body)
         until(lambda: server.service.queue.waiting == 1)
         second.close()
         until(lambda: server.service.queue.waiting == 0)
