@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .against import Against
 from .config import ModelConfig
 from .cuda_engine import CudaEngine
 from .device import CudaDevice, Device
@@ -68,6 +69,7 @@ class BenchResult:
     in_flight_bytes: int
     end_to_end_tokens_per_s: float | None = None  # generation through the engine; None: not asked
     phases: list[PhaseTime] | None = None  # of the in-kernel timer; None: not asked
+    against: Against | None = None  # another engine at this shape and context; None: not asked
 
 
 class RandomWeights:

@@ -8,9 +8,11 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from .against import ENGINES, load_tool, measure
 from .errors import ArgumentError, DeviceError
 
 if TYPE_CHECKING:
+    from .against import Against
     from .bench import BenchResult
 
 EPILOG = """examples:
@@ -19,12 +21,17 @@ EPILOG = """examples:
   minflash bench --shape llama-3.2-1b,smollm2-135m --quant bf16,int4 --context 128,4096 --json
   minflash bench --shape smollm2-135m --end-to-end
   minflash bench --shape llama-3.1-8b --profile
+  minflash bench --shape llama-3.2-1b --quant bf16 --against transformers
   minflash bench --set stages=16 --set in_flight_bytes=32768
 
 The weights are random and made on the GPU: no file is needed. Several values, separated by commas,
 are measured in every combination. The ceiling is what plain loads read on this card in this run.
 """
 QUANTS = ("bf16", "fp16", "fp8", "int8", "int4")
+_AGAINST_COLUMNS = (
+    *("shape", "quant", "context", "minflash"),
+    *("generate", "ratio", "compiled", "ratio"),
+)
 _COLUMNS = ("shape", "quant", "context", "cols", "ms/step", "tok/s", "GB/s", "% of ceiling")
 
 
@@ -43,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a tuning field")
     add("--end-to-end", action="store_true", help="also generate through the engine, and compare")
     add("--profile", action="store_true", help="also show where a step's time goes, by phase")
+    add("--against", choices=ENGINES, help="also run this engine, which a checkout can")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -58,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     for shape in shapes:  # wrong names are said before anything is measured
         for quant in quants:
             shape_layouts(shape_config(shape), quant, args.group_size)
+    if args.against and columns != [1]:
+        raise ArgumentError(f"--against compares single tokens; leave out --columns {args.columns}")
+    other = load_tool(args.against) if args.against else None
     from .probe import cuda_problem
 
     if problem := cuda_problem():
@@ -75,10 +86,41 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         results.append(result)
         if not args.json:
-            _print_row(result, header=len(results) == 1)
+            print_row(result, header=len(results) == 1)
+    if other is not None:
+        found = measure(other, shapes, contexts, args.steps, args.runs)
+        results = _beside(results, found)
+        if not args.json:
+            print(against_table(results))
     if args.json:
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
     return 0
+
+
+def _beside(results: list[BenchResult], found: list[Against]) -> list[BenchResult]:
+    others = {(one.shape, one.context): one for one in found}
+    return [dataclasses.replace(r, against=others[r.shape, r.context]) for r in results]
+
+
+def against_table(results: list[BenchResult]) -> str:
+    """Our times beside the other engine's, and theirs divided by ours, one result a line."""
+    others = [result.against for result in results if result.against]
+    lines = [
+        f"\n{others[0].engine}, weights in {others[0].type}; ms a token, and times minflash's",
+        "{:14} {:9} {:>8} {:>9} {:>9} {:>7} {:>9} {:>7}".format(*_AGAINST_COLUMNS),
+    ]
+    for result, other in zip(results, others, strict=True):
+        ms = result.ms_per_step
+        lines.append(
+            f"{result.shape:14} {_type(result):9} {result.context:8} {ms:9.4f} "
+            f"{other.generate_ms:9.3f} {other.generate_ms / ms:7.2f} "
+            f"{other.compiled_ms:9.3f} {other.compiled_ms / ms:7.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _type(result: BenchResult) -> str:
+    return f"{result.quant}-g{result.group_size}" if result.group_size else result.quant
 
 
 def tuning_overrides(settings: list[str]) -> dict[str, int | bool]:
@@ -119,7 +161,8 @@ def _counts(name: str, text: str) -> list[int]:
     return [int(value) for value in values]
 
 
-def _print_row(result: BenchResult, *, header: bool) -> None:
+def print_row(result: BenchResult, *, header: bool) -> None:
+    """One result as a line, after a heading if it is the first."""
     if header:
         print(
             f"{result.card}, driver {result.driver}, commit {result.commit or 'unknown'}; ", end=""
@@ -127,9 +170,8 @@ def _print_row(result: BenchResult, *, header: bool) -> None:
         print(f"read ceiling {result.ceiling_gb_per_s:.0f} GB/s")
         end = "  end to end" if result.end_to_end_tokens_per_s else ""
         print("{:14} {:9} {:>8} {:>5} {:>9} {:>9} {:>7} {:>13}".format(*_COLUMNS) + end)
-    group = f"-g{result.group_size}" if result.group_size else ""
     row = (
-        f"{result.shape:14} {result.quant + group:9} {result.context:8} {result.columns:5} "
+        f"{result.shape:14} {_type(result):9} {result.context:8} {result.columns:5} "
         f"{result.ms_per_step:9.4f} {result.tokens_per_s:9.1f} {result.gb_per_s:7.0f} "
         f"{result.percent_of_ceiling:13.1f}"
     )
