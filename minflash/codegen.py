@@ -25,7 +25,7 @@ from .tuning import ATTENTION_ROWS, MANY_COLUMNS, SharedMap, Tuning, chunk_tiles
 
 KERNELS = ("step_one", "step_many")
 PHASES_PER_LAYER = 5
-TAIL_BARRIERS = 2  # more of them, in a step that ranks the vocabulary
+TAIL_BARRIERS = 2  # of a step that ranks the vocabulary, beside the layers'
 TAIL_BYTES = 16408  # of struct Tail in cuda/ranking.cuh
 PROFILE_MARKS = 4  # of a phase, as in cuda/profile.cuh
 ALARM_GRID_BARRIER, ALARM_RING = 1, 2
@@ -95,6 +95,7 @@ class Program:
     args: np.dtype[np.void]
     workspace: Mapping[str, int]  # offsets in bytes; "total" is the size
     barriers: int  # grid barriers of one launch
+    tail_barriers: int = TAIL_BARRIERS  # more where a step ranks the vocabulary
 
 
 def generate(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rope
-from .codegen import ALARM_GRID_BARRIER, PROFILE_MARKS, TAIL_BARRIERS, generate
+from .codegen import ALARM_GRID_BARRIER, PROFILE_MARKS, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
@@ -151,7 +151,7 @@ class StepModel:
         self._launching = True
         self._launch["step_one" if n == 1 else "step_many"](args)
         ranks = head and (sampling.filters or extras.logprobs is not None)
-        barriers = self.program.barriers + TAIL_BARRIERS * ranks
+        barriers = self.program.barriers + self.program.tail_barriers * ranks
         self._arrivals += barriers * self.program.tuning.grid
         self._launching = False
         return self._ticket
@@ -181,7 +181,8 @@ class StepModel:
 
         Of a step with ``Extras.logprobs``, after its ``token`` and before 64 more steps.
         """
-        return read_report(self._reports[ticket % _MAILBOX_SLOTS], n)
+        report = self._reports[ticket % _MAILBOX_SLOTS]
+        return read_report(report, min(n, self.config.vocab_size))
 
     def note_tokens(self, noted: NDArray[np.uint32]) -> None:
         """What ``Extras.adjust`` goes by from the next step on: see ``tail.noted_tokens``.
