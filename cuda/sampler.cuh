@@ -127,6 +127,7 @@ struct Choice {
     if (!arrives_last()) return;
     if (filters) settle(bounds);
     if (ranks) report_likeliest();
+    if (filters || ranks) sync_consumers();  // the report is complete, and nobody reads the tail any more
     if (threadIdx.x == 0) tell();
     if (filters || ranks) {
       u32* words = reinterpret_cast<u32*>(work.tail());
@@ -288,7 +289,6 @@ struct Choice {
       report->top = top_logit;
       report->chosen = best.token < (u32)model::kVocab ? ld_cg(last_logits() + best.token) : 0;
     }
-    sync_consumers();  // the report is complete, and the bins may be emptied
   }
 
   __device__ __forceinline__ void tell() {

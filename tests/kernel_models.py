@@ -97,6 +97,16 @@ class RandomModel:
         device.upload(address, self.raw(name))
 
 
+def crowded_model(vocab_size: int = 331) -> RandomModel:
+    """Logits that are nearly equal, but for one above and one below them: tokens 3 and 4."""
+    config = model_config(dim=64, hidden_dim=32, n_layers=1, tied=False, vocab_size=vocab_size)
+    model, rng = RandomModel(config, "bf16"), np.random.default_rng(2)
+    head = 0.5 * rng.standard_normal(64) * (1 + 0.002 * rng.standard_normal((vocab_size, 64)))
+    head[3:5] *= [[1.2], [0.8]]
+    model.put("lm_head", quantize(head.astype(np.float32), "bf16"))
+    return model
+
+
 # Devices
 
 

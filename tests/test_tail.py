@@ -15,7 +15,7 @@ import emulator
 import numpy as np
 import pytest
 from emulator import ORDERS
-from kernel_models import Machine, RandomModel, Run, model_config
+from kernel_models import Machine, RandomModel, Run, crowded_model, model_config
 from test_kernel import assert_sampled
 
 from minflash.codegen import generate
@@ -228,6 +228,21 @@ def test_ties(machine: Machine, values: tuple[float, ...]) -> None:
     for draw in DRAWS.values():
         check(step, draw, logprobs=100)
     check(step, Sampling(1.0, top_k=100, top_p=0.5, seed=8), logprobs=0)
+
+
+@pytest.mark.parametrize("grid", [1, 7])
+def test_filters_that_end_within_a_crowded_bin(machine: Machine, grid: int) -> None:
+    """So that keeping one token more or less shows in the draws."""
+    step = machine.open(crowded_model(), Run(grid, "random"))
+    step.step([3], 2, logits=True)
+    logits = step.read_logits(1)[0]
+    middle = float(np.exp(np.median(logits) - logits.max()))
+    draws = [(5, 1.0, 0.0), (331, 1.0, middle), (300, 1.0, middle), (0, 0.5, 0.0), (60, 0.4, 0.0)]
+    kept = [cells(logits, Sampling(1.0, *draw))[0] >= 0 for draw in draws]
+    assert [int(k.sum()) for k in kept[:3]] == [5, 166, 166] and 10 < kept[4].sum() < 50
+    for draw, tokens in zip(draws, kept, strict=True):
+        seen = {check(step, Sampling(1.0, *draw, seed=seed)) for seed in range(15)}
+        assert seen <= set(np.flatnonzero(tokens).tolist()) and len(seen) > 3
 
 
 def test_reports_of_a_small_vocabulary(machine: Machine) -> None:
