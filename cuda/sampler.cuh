@@ -177,7 +177,7 @@ struct Choice {
 
   // Counts the block's part in shared memory, then adds that to the grid's bins.
   __device__ void fill_bins() {
-    static_assert(sizeof(Bins) <= Map::kReduce, "the bins take scratch, as _SELECT_BYTES of tuning.py says");
+    static_assert(sizeof(Bins) <= Map::kReduce, "the bins take scratch, as _RANKING_BYTES of tuning.py says");
     Bins& bins = *reinterpret_cast<Bins*>(Shared<Map>::scratch());
     u32* words = reinterpret_cast<u32*>(&bins);
 #pragma unroll 1

@@ -18,7 +18,7 @@ MANY_COLUMNS = 8  # tokens of one step of the kernel that reads prompts: the wid
 ATTENTION_ROWS = 8  # query rows of one unit of attention, as in cuda/attention.cuh
 _RING_BYTES_PER_STAGE = 16  # two mbarriers
 _REDUCE_BYTES = 256
-_SELECT_BYTES = 2048 * 8 + 64
+_RANKING_BYTES = 1024 * 16 + 64  # the bins of cuda/ranking.cuh
 _LEAST_WINDOW, _MOST_WINDOW = 4, 32
 _PANEL_STEP = 128  # columns: a multiple of every tile's width
 
@@ -119,7 +119,7 @@ def _with_stages(
     scratch = stage_data + stages * tuning.stage_bytes
     room = tuning.shared_bytes - scratch - _REDUCE_BYTES
     slots = _attention_slots(config, tuning, room)
-    if slots is None or room < _SELECT_BYTES:
+    if slots is None or room < _RANKING_BYTES:
         return None
     window_bytes = tuning.warps * 16 * columns * 4
     widest = _round_up(max(layout.cols for layout in layouts.values()), _PANEL_STEP)
@@ -130,7 +130,7 @@ def _with_stages(
     sums = columns * stride
     partials = sums + columns * (panel // 32) * 4
     window = min(_MOST_WINDOW, (room - partials) // window_bytes)
-    used = max(partials + window * window_bytes, _attention_bytes(config, slots), _SELECT_BYTES)
+    used = max(partials + window * window_bytes, _attention_bytes(config, slots), _RANKING_BYTES)
     reduce = _round_up(used, 128)
     return SharedMap(
         columns, stages, panel, stride, window, slots, stage_data, scratch, sums, partials, reduce,
