@@ -16,6 +16,7 @@ from test_tail import BIAS, DRAWS, ENDS, PENALTIES, PROMPT, assert_report, bits_
 from minflash.choosing import Chooser
 from minflash.cuda_engine import AHEAD, CudaEngine
 from minflash.errors import MinflashError
+from minflash.llm import LLM
 from minflash.sampling import Sampling, adjusted, sample
 
 pytestmark = pytest.mark.skipif(
@@ -117,6 +118,21 @@ def test_only_a_grammar_keeps_steps_from_being_launched_ahead(
         assert launches == ["step_many", "step_many", *["step_one"] * ahead]
         assert len(list(tokens)) == 11
         assert len(launches) == 2 + 11
+
+
+def test_chunks_of_an_llm_have_their_own_report(machine: Machine, model: RandomModel) -> None:
+    """Although steps after theirs have run already."""
+    llm = LLM(open_engine(machine, model), eos_token_ids=ENDS)
+    options = {"max_tokens": 8, "logprobs": 2, "repetition_penalty": 1.2, "min_tokens": 8}
+    chunks = list(llm.stream(PROMPT, temperature=0.0, **options))  # type: ignore[arg-type]
+    chosen = [chunk.token for chunk in chunks]
+    assert len(chosen) == 8 and not ENDS & set(chosen)
+    for chunk, logits in zip(
+        chunks, replayed(machine, model, chosen, (8, 2, *(1,) * 7)), strict=True
+    ):
+        assert chunk.logprob is not None and chunk.top_logprobs is not None
+        assert_report((chunk.logprob, chunk.top_logprobs), logits, chunk.token, 2)
+    llm.close()
 
 
 def test_an_answer_that_nothing_may_begin(machine: Machine, model: RandomModel) -> None:
