@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from typing import TYPE_CHECKING
@@ -22,17 +23,21 @@ EPILOG = """examples:
   minflash bench --shape smollm2-135m --end-to-end
   minflash bench --shape llama-3.1-8b --profile
   minflash bench --shape llama-3.2-1b --quant bf16 --against transformers
+  minflash bench --shape llama-3.2-1b --quant bf16 --sampling greedy,filters,all
   minflash bench --set stages=16 --set in_flight_bytes=32768
 
 The weights are random and made on the GPU: no file is needed. Several values, separated by commas,
 are measured in every combination. The ceiling is what plain loads read on this card in this run.
 """
+SAMPLINGS = ("greedy", "temperature", "top_p", "filters", "all")  # as in bench.py
 QUANTS = ("bf16", "fp16", "fp8", "int8", "int4")
 _AGAINST_COLUMNS = (
     *("shape", "quant", "context", "minflash"),
     *("generate", "ratio", "compiled", "ratio"),
 )
-_COLUMNS = ("shape", "quant", "context", "cols", "ms/step", "tok/s", "GB/s", "% of ceiling")
+_COLUMNS = (
+    "shape", "quant", "context", "cols", "sampling", "ms/step", "tok/s", "GB/s", "% of ceiling",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group-size", type=int, metavar="N", help="32, 64 or 128 (default: as convert takes)")
     add("--context", default="128", metavar="NS", help="positions before the step (128)")
     add("--columns", default="1", metavar="NS", help="tokens of one step, 1 to 8 (1)")
+    add(
+        "--sampling", default="greedy", metavar="NAMES",
+        help=f"how a token is chosen, of {', '.join(SAMPLINGS)} (greedy)",
+    )  # fmt: skip
     add("--steps", type=int, default=50, metavar="N", help="steps of one timing (50)")
     add("--runs", type=int, default=5, metavar="N", help="timings, of which the median counts (5)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a tuning field")
@@ -58,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures and prints. Raises ArgumentError, and DeviceError without a GPU."""
     shapes, quants = args.shape.split(","), _members("quant", args.quant, QUANTS)
     contexts, columns = _counts("context", args.context), _counts("columns", args.columns)
+    samplings = _members("sampling", args.sampling, SAMPLINGS)
     overrides = tuning_overrides(args.set) | ({"profile": True} if args.profile else {})
     if max(columns) > 8 or args.steps < 1 or args.runs < 1:
         raise ArgumentError("--columns takes 1 to 8, --steps and --runs at least 1")
@@ -77,12 +87,13 @@ def run(args: argparse.Namespace) -> int:
 
     bench = Bench()
     results = []
-    for shape, quant, context, count in (
-        (s, q, n, c) for s in shapes for q in quants for n in contexts for c in columns
+    for shape, quant, context, count, sampling in itertools.product(
+        shapes, quants, contexts, columns, samplings
     ):
         result = bench.measure(
             shape, quant, group_size=args.group_size, context=context, columns=count,
-            steps=args.steps, runs=args.runs, end_to_end=args.end_to_end, **overrides,
+            steps=args.steps, runs=args.runs, sampling=sampling, end_to_end=args.end_to_end,
+            **overrides,
         )  # fmt: skip
         results.append(result)
         if not args.json:
@@ -169,11 +180,11 @@ def print_row(result: BenchResult, *, header: bool) -> None:
         )
         print(f"read ceiling {result.ceiling_gb_per_s:.0f} GB/s")
         end = "  end to end" if result.end_to_end_tokens_per_s else ""
-        print("{:14} {:9} {:>8} {:>5} {:>9} {:>9} {:>7} {:>13}".format(*_COLUMNS) + end)
+        print("{:14} {:9} {:>8} {:>5} {:11} {:>9} {:>9} {:>7} {:>13}".format(*_COLUMNS) + end)
     row = (
         f"{result.shape:14} {_type(result):9} {result.context:8} {result.columns:5} "
-        f"{result.ms_per_step:9.4f} {result.tokens_per_s:9.1f} {result.gb_per_s:7.0f} "
-        f"{result.percent_of_ceiling:13.1f}"
+        f"{result.sampling:11} {result.ms_per_step:9.4f} {result.tokens_per_s:9.1f} "
+        f"{result.gb_per_s:7.0f} {result.percent_of_ceiling:13.1f}"
     )
     if result.end_to_end_tokens_per_s:
         share = 100 * result.end_to_end_tokens_per_s / result.tokens_per_s

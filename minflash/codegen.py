@@ -19,11 +19,14 @@ from .config import ModelConfig
 from .errors import DeviceError
 from .packing import Layout
 from .resources import resource_dir
+from .sampling import MAX_LOGPROBS
 from .tensors import expected_tensors
 from .tuning import ATTENTION_ROWS, MANY_COLUMNS, SharedMap, Tuning, chunk_tiles, shared_map
 
 KERNELS = ("step_one", "step_many")
 PHASES_PER_LAYER = 5
+TAIL_BARRIERS = 2  # of a step that ranks the vocabulary, beside the layers'
+TAIL_BYTES = 16408  # of struct Tail in cuda/ranking.cuh
 PROFILE_MARKS = 4  # of a phase, as in cuda/profile.cuh
 ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD = 1, 2, 3  # what was waited for in vain
 _ALIGN = 256  # bytes, of every tensor on the device
@@ -43,13 +46,18 @@ def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
         ("mailbox", "u64*"),  # host memory: ticket << 32 | token
         ("alarm", "u32*"),  # host memory [8]: kind, block, phase, expected, seen
         ("kv_layer_bytes", "u64"), ("watchdog_ns", "u64"), ("seed", "u64"),
-        ("top_p_exact", "double"),
+        ("top_p", "double"),
+        ("report", "u8*"),  # host memory: struct Report of cuda/sampler.cuh
         ("rope_turns", "u64", (head_dim // 2,)),  # one position's advance, in 2^-64 turns
-        ("rope_scale", "float"), ("temperature", "float"), ("top_p", "float"), ("min_p", "float"),
+        ("rope_scale", "float"), ("temperature", "float"), ("min_p", "float"),
+        ("repetition", "float"), ("presence", "float"), ("frequency", "float"),
         ("tokens", "int", (MANY_COLUMNS,)),  # -1: the token that the previous launch chose
         ("position", "int"),  # of tokens[0]
         ("n_columns", "int"), ("max_blocks", "int"),  # blocks of 16 positions in the cache
-        ("head", "int"), ("logits", "int"), ("greedy", "int"), ("top_k", "int"),
+        ("head", "int"), ("logits", "int"), ("greedy", "int"), ("filters", "int"),
+        ("top_k", "int"),
+        ("adjust", "int"), ("ban_ends", "int"), ("mask", "int"),  # steps a-d of sampling.py, e
+        ("logprobs", "int"),  # so many of the likeliest tokens; -1: no report
         ("barrier_base", "u32"),  # arrivals at the grid barrier before this launch
         ("first_phase", "u32"),  # the number of its first phase
         ("ticket", "u32"),
@@ -88,6 +96,7 @@ class Program:
     args: np.dtype[np.void]
     workspace: Mapping[str, int]  # offsets in bytes; "total" is the size
     barriers: int  # grid barriers of one launch
+    tail_barriers: int = TAIL_BARRIERS  # more where a step ranks the vocabulary
 
 
 def generate(
@@ -193,6 +202,7 @@ def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
         f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",
         f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)};",
         f"constexpr bool kProfile = {_bool(tuning.profile)};",
+        f"constexpr int kTailBytes = {TAIL_BYTES}, kMostLogprobs = {MAX_LOGPROBS};",
         f"constexpr u32 kAlarmGridBarrier = {ALARM_GRID_BARRIER}, kAlarmRing = {ALARM_RING};",
         f"constexpr u32 kAlarmWord = {ALARM_WORD};",
     ])  # fmt: skip
@@ -271,6 +281,8 @@ _WORKSPACE_TYPES = {
     "candidates": "struct Candidate", "residual": "float", "qkv": "float", "attended": "u16",
     "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
     "residual_words": "u64", "qkv_words": "u64", "attended_words": "u64", "hidden_words": "u64",
+    "tail": "ranking::Tail", "scores": "float", "listed": "ranking::Entry",
+    "ranked": "ranking::Entry", "noted": "uint2", "mask": "u32",
 }  # fmt: skip
 
 
@@ -281,16 +293,23 @@ def _max_teams(config: ModelConfig) -> int:
 
 
 def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
-    """Offsets of the workspace's parts. Words that blocks spin on have lines of their own."""
+    """Offsets of the workspace's parts. Words that blocks spin on have lines of their own.
+
+    What is before the residual must be zero at first, and after a step that was abandoned.
+    """
     qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     phases = PHASES_PER_LAYER * config.n_layers + 1
     sizes = {
         "barrier": 4, "abandoned": 4, "next_token": 4, "arrivals": 4 * (_max_teams(config) + 1),
-        "candidates": 8 * tuning.grid,
+        "candidates": 8 * tuning.grid, "tail": TAIL_BYTES,
         "residual": 4 * MANY_COLUMNS * config.dim, "qkv": 4 * MANY_COLUMNS * qkv,
         "attended": 2 * MANY_COLUMNS * config.n_heads * config.head_dim,
         "hidden": 2 * MANY_COLUMNS * config.hidden_dim,
         "logits": 4 * MANY_COLUMNS * config.vocab_size,
+        # [vocab_size] each, read and written only where a step's options need them
+        "scores": 4 * config.vocab_size, "listed": 8 * config.vocab_size,
+        "ranked": 8 * config.vocab_size, "noted": 8 * config.vocab_size,
+        "mask": 4 * -(-config.vocab_size // 32),
         "partials": 4 * tuning.grid * ATTENTION_ROWS * (config.head_dim + 2),
         # The same vectors of one column, in words that carry the number of a phase.
         "residual_words": 8 * config.dim, "qkv_words": 8 * qkv,
@@ -312,6 +331,7 @@ def _workspace_struct(workspace: Mapping[str, int]) -> str:
         for name, c_type in _WORKSPACE_TYPES.items()
     ]
     head = [
+        "namespace ranking { struct Tail; struct Entry; }",
         "struct Workspace {",
         "  const StepArgs& args;",
         "  __device__ __forceinline__ explicit Workspace(const StepArgs& args) : args(args) {}",

@@ -97,6 +97,17 @@ class RandomModel:
         device.upload(address, self.raw(name))
 
 
+def crowded_model(vocab_size: int = 331) -> RandomModel:
+    """Logits that are nearly equal, but for a few of the tokens 3 to 8 above and below them."""
+    config = model_config(dim=64, hidden_dim=32, n_layers=1, tied=False, vocab_size=vocab_size)
+    model, rng = RandomModel(config, "bf16"), np.random.default_rng(2)
+    head = 0.5 * rng.standard_normal(64) * (1 + 0.002 * rng.standard_normal((vocab_size, 64)))
+    head[3:5] *= [[1.2], [0.8]]
+    head[5:7], head[7:9] = 1.1 * head[0], 0.9 * head[0]  # pairs of equals
+    model.put("lm_head", quantize(head.astype(np.float32), "bf16"))
+    return model
+
+
 # Devices
 
 

@@ -264,6 +264,8 @@ inline void st_release_sys(u64* p, u64 v) {
 inline uint4 ld_cg(const uint4* p) { return *p; }
 inline float ld_cg(const float* p) { return *p; }
 inline u32 ld_cg(const u32* p) { return *p; }
+inline u64 ld_cg(const u64* p) { return *p; }
+inline uint2 ld_cg(const uint2* p) { return *p; }
 
 inline float4 ld_nc(const float4* p) { return *p; }
 inline void prefetch_l2(const void*) {}
