@@ -11,6 +11,22 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
+// The sum of eight fp16 values, and over lanes of consecutive vectors that of a group.
+__device__ __forceinline__ float sum_8(uint4 v) {
+  float sum = 0;
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) sum += low_half<false>(words[i]) + high_half<false>(words[i]);
+  return sum;
+}
+template <Matrix m>
+__device__ __forceinline__ float group_sum(uint4 v) {
+  float sum = sum_8(v);
+#pragma unroll
+  for (int i = 1; i < m.group / 8; i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+  return sum;
+}
+
 // Eight activations of one column, rounded, with the sum over each group for integer weights.
 // All lanes of a warp call it with consecutive k8; columns past the matrix hold zeros.
 template <class Map, Matrix m>
@@ -18,12 +34,7 @@ __device__ __forceinline__ void put_rounded(int column, int k8, int end8, uint4 
   const Columns<Map> columns = Columns<Map>::here();
   if (k8 < end8) *reinterpret_cast<uint4*>(columns.x + column * Map::kColumnStride + k8 * 16) = v;
   if constexpr (m.has_sums()) {
-    float sum = 0;
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) sum += low_half<false>(words[i]) + high_half<false>(words[i]);
-#pragma unroll
-    for (int i = 1; i < m.group / 8; i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    const float sum = group_sum<m>(v);
     if (k8 < end8 && k8 % (m.group / 8) == 0) columns.sum(column)[k8 * 8 / m.group] = sum;
   }
 }

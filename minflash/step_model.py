@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rope
-from .codegen import ALARM_GRID_BARRIER, PROFILE_MARKS, generate
+from .codegen import ALARM_GRID_BARRIER, PREFILL, PROFILE_MARKS, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
@@ -69,7 +69,9 @@ class StepModel:
             kv_type = "bf16" if checkpoint.matrices["layers.0.wqkv"].type == "bf16" else "fp16"
         self.kv_type = kv_type
         tuning = tuning or choose(config, device.facts)
-        self.program = generate(config, checkpoint.matrices, tuning, kv_type=kv_type)
+        self.program = generate(
+            config, checkpoint.matrices, tuning, kv_type=kv_type, max_context=max_context
+        )
         self.max_context = gpu_context(config, self.program, device.free_bytes(), max_context)
         try:
             kernels = device.build(self.program)  # compiles while the weights are uploaded
@@ -102,6 +104,7 @@ class StepModel:
         args["alarm"], args["watchdog_ns"] = alarm_address, watchdog_ns
         args["kv_layer_bytes"] = kv_bytes // self.config.n_layers
         args["max_blocks"] = cache_blocks(self.max_context)
+        args["prefill_tokens"] = self.program.prefill_tokens
 
     def step(
         self,
@@ -122,27 +125,54 @@ class StepModel:
         n = len(tokens)
         if not 1 <= n <= MANY_COLUMNS:
             raise AssertionError(f"a step takes 1 to {MANY_COLUMNS} tokens, not {n}")
+        self._begin(position, n, length)
+        self._ticket = (self._ticket + 1) & 0xFFFFFFFF
+        args = self._args
+        args["tokens"][:n] = tokens
+        args["head"], args["logits"] = head, logits
+        self._set_sampling(sampling)
+        args["ticket"] = self._ticket
+        args["mailbox"] = self._mailbox_address + 8 * (self._ticket % _MAILBOX_SLOTS)
+        self._run("step_one" if n == 1 else "step_many")
+        return self._ticket
+
+    def prefill(self, tokens: Sequence[int], position: int, *, length: int | None = None) -> None:
+        """Launches one read of many tokens, which fills the cache only; does not wait.
+
+        tokens: 1 to ``prefill_tokens`` ids at ``position`` and after it; length: as for a step.
+        Raises ContextError past the end of the cache.
+        """
+        n, most = len(tokens), self.prefill_tokens
+        if not 1 <= n <= most:
+            raise AssertionError(f"one launch reads 1 to {most} tokens of a prompt, not {n}")
+        self._begin(position, n, length)
+        place = self._workspace + self.program.workspace["prefill"]
+        self.device.upload(place, np.array(tokens, np.int32))
+        self._run(PREFILL)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Most tokens of one ``prefill``; 0: there is none."""
+        return self.program.prefill_tokens
+
+    def _begin(self, position: int, n: int, length: int | None) -> None:
+        """The arguments of all launches for ``n`` tokens at ``position``."""
         if position + n > self.max_context:
             raise ContextError(
                 f"position {position + n - 1} is past the context of {self.max_context} positions"
             )
         self._set_rope(length or position + n)
-        self._ticket = (self._ticket + 1) & 0xFFFFFFFF
-        args = self._args
-        args["tokens"][:n] = tokens
-        args["position"], args["n_columns"] = position, n
-        args["head"], args["logits"] = head, logits
-        self._set_sampling(sampling)
-        args["ticket"] = self._ticket
-        args["mailbox"] = self._mailbox_address + 8 * (self._ticket % _MAILBOX_SLOTS)
+        self._args["position"], self._args["n_columns"] = position, n
+
+    def _run(self, kernel: str) -> None:
+        """Launches a kernel, and counts its arrivals at the grid barrier."""
         if self._launching:  # an interrupt left open whether the last launch happened
             self._reset_barrier()
-        args["barrier_base"] = self._arrivals & 0xFFFFFFFF
+        self._args["barrier_base"] = self._arrivals & 0xFFFFFFFF
         self._launching = True
-        self._launch["step_one" if n == 1 else "step_many"](args)
-        self._arrivals += self.program.barriers * self.program.tuning.grid
+        self._launch[kernel](self._args)
+        self._arrivals += self.program.barriers_of(kernel) * self.program.tuning.grid
         self._launching = False
-        return self._ticket
 
     def token(self, ticket: int) -> int:
         """Waits for the token that the step ``ticket`` chose; NO_TOKEN when no logit was finite.

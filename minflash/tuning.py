@@ -47,6 +47,7 @@ class Tuning:
     shared_bytes: int = 232448
     max_splits: int = 64  # of the past, per KV head
     split_blocks: int = 8  # least blocks of 16 positions of a split
+    prefill_tokens: int = 512  # most tokens of a prompt that one launch reads; 0: only steps do
     profile: bool = False  # compile the in-kernel timer in
 
 
