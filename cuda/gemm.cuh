@@ -100,11 +100,12 @@ __device__ __forceinline__ void load_stage(u8* stage, const u8* weights, const O
                                 tiles * kTileSums);
 }
 
-// sums += one slice of 32 columns of the warp's row blocks times its columns of X.
-template <bool kBf16>
-__device__ __forceinline__ void multiply_slice(Sums& sums, const Fragment (&first)[kWarpBlocks], const Fragment (&second)[kWarpBlocks], const u8* x) {
+// sums += one slice of 32 columns of the warp's row blocks times groups of 8 columns of X.
+template <bool kBf16, int kGroups>
+__device__ __forceinline__ void multiply_slice(float (&sums)[kWarpBlocks][kGroups][4], const Fragment (&first)[kWarpBlocks],
+                                               const Fragment (&second)[kWarpBlocks], const u8* x) {
 #pragma unroll
-  for (int j = 0; j < kWarpGroups; j++) {
+  for (int j = 0; j < kGroups; j++) {
     const uint4 b = *reinterpret_cast<const uint4*>(x + j * 8 * 64);
 #pragma unroll
     for (int i = 0; i < kWarpBlocks; i++) mma<kBf16>(sums[i][j], first[i], b.x, b.y);
@@ -149,91 +150,118 @@ __device__ __forceinline__ Scales load_scales(const u8* tile, int group) {
 }
 
 template <Matrix m>
-__device__ __forceinline__ void multiply_stage(Sums& sums, const u8* stage, int tiles) {
-  using S = Stage<m>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp / kWarpsDown * kWarpColumns;
-  const u8* weights = stage + warp % kWarpsDown * kWarpBlocks * S::kBlockBytes;
-  const u8* x = stage + S::kX + (column + lane / 4) * 64 + lane % 4 * 16;
+__device__ __forceinline__ void load_fragments(Fragment (&first)[kWarpBlocks], Fragment (&second)[kWarpBlocks], const u8* tile, int slice) {
 #pragma unroll
-  for (int t = 0; t < S::kTiles; t++) {
-    if (t >= tiles) break;
-    const u8* tile = weights + t * m.tile_bytes();
-    Fragment first[kWarpBlocks], second[kWarpBlocks];
-    const auto load = [&](int slice) {
+  for (int i = 0; i < kWarpBlocks; i++) load_fragments<m>(first[i], second[i], tile + i * Stage<m>::kBlockBytes, slice);
+}
+
+// sums += one group of columns, scaled. Some of the warp's columns at a time, for want of registers.
+// x: this lane's of the group's first slice; x_sums: of columns 2 q and 2 q + 1.
+template <Matrix m>
+__device__ __forceinline__ void multiply_group(Sums& sums, const u8* tile, int group, const u8* x, const float* x_sums) {
+  constexpr int kParts = 2, kGroups = kWarpGroups / kParts;
 #pragma unroll
-      for (int i = 0; i < kWarpBlocks; i++) load_fragments<m>(first[i], second[i], tile + i * S::kBlockBytes, slice);
-      return x + (t * (m.tile_cols() / 32) + slice) * kColumns * 64;
-    };
-    if constexpr (m.group == 0) {
-      const u8* at = load(0);
-      multiply_slice<m.bf16()>(sums, first, second, at);
-    } else {
+  for (int p = 0; p < kParts; p++) {
+    float part[kWarpBlocks][kGroups][4] = {};
+#pragma unroll 1
+    for (int s = 0; s < m.group / 32; s++) {
+      Fragment first[kWarpBlocks], second[kWarpBlocks];
+      load_fragments<m>(first, second, tile, group * (m.group / 32) + s);
+      multiply_slice<false>(part, first, second, x + (s * kColumns + p * kGroups * 8) * 64);
+    }
 #pragma unroll
-      for (int group = 0; group < m.tile_cols() / m.group; group++) {
-        Sums part = {};
+    for (int i = 0; i < kWarpBlocks; i++) {
+      const Scales scales = load_scales<m>(tile + i * Stage<m>::kBlockBytes, group);
 #pragma unroll
-        for (int s = 0; s < m.group / 32; s++) {
-          const u8* at = load(group * (m.group / 32) + s);
-          multiply_slice<false>(part, first, second, at);
-        }
-        const float* x_sums = reinterpret_cast<const float*>(stage + S::kSums) + (t * S::kTileGroups + group) * kColumns + column + lane % 4 * 2;
+      for (int j = 0; j < kGroups; j++) {
+        float(&to)[4] = sums[i][p * kGroups + j];
+        float2 x_sum = {};
+        if constexpr (m.has_sums()) x_sum = *reinterpret_cast<const float2*>(x_sums + (p * kGroups + j) * 8);
 #pragma unroll
-        for (int i = 0; i < kWarpBlocks; i++) {
-          const Scales s = load_scales<m>(tile + i * S::kBlockBytes, group);
-#pragma unroll
-          for (int j = 0; j < kWarpGroups; j++) {
-            float2 x_sum = {};
-            if constexpr (m.has_sums()) x_sum = *reinterpret_cast<const float2*>(x_sums + j * 8);
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-              sums[i][j][c] += s.scale[c / 2] * part[i][j][c];
-              if constexpr (m.has_sums()) sums[i][j][c] += s.bias[c / 2] * (c % 2 ? x_sum.y : x_sum.x);
-            }
-          }
+        for (int c = 0; c < 4; c++) {
+          to[c] += scales.scale[c / 2] * part[i][j][c];
+          if constexpr (m.has_sums()) to[c] += scales.bias[c / 2] * (c % 2 ? x_sum.y : x_sum.x);
         }
       }
     }
   }
 }
 
-// All tiles of Y, dealt to the blocks so that those that share weights are made at the same time.
-// use(row, column, low, high) receives rows `row` and `row + 8` of column `column` < n_columns.
+// sums += the first tiles of a stage.
+template <Matrix m>
+__device__ __forceinline__ void multiply_stage(Sums& sums, const u8* stage, int tiles) {
+  using S = Stage<m>;
+  constexpr int kSlices = m.tile_cols() / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp / kWarpsDown * kWarpColumns;
+  const u8* weights = stage + warp % kWarpsDown * kWarpBlocks * S::kBlockBytes;
+  const u8* x = stage + S::kX + (column + lane / 4) * 64 + lane % 4 * 16;
+  const float* x_sums = reinterpret_cast<const float*>(stage + S::kSums) + column + lane % 4 * 2;
+#pragma unroll
+  for (int t = 0; t < S::kTiles; t++) {
+    if (t >= tiles) break;
+    const u8* tile = weights + t * m.tile_bytes();
+    if constexpr (m.group == 0) {
+      Fragment first[kWarpBlocks], second[kWarpBlocks];
+      load_fragments<m>(first, second, tile, 0);
+      multiply_slice<m.bf16()>(sums, first, second, x + t * kSlices * kColumns * 64);
+    } else {
+#pragma unroll
+      for (int group = 0; group < m.tile_cols() / m.group; group++)
+        multiply_group<m>(sums, tile, group, x + (t * kSlices + group * m.group / 32) * kColumns * 64,
+                          x_sums + (t * S::kTileGroups + group) * kColumns);
+    }
+  }
+}
+
+// A block's steps, tile after tile. Neighbouring blocks have tiles that share their weights.
+struct Steps {
+  int column_tiles, tile = blockIdx.x, step = 0, row_tile, column_tile;
+  __device__ __forceinline__ explicit Steps(int column_tiles) : column_tiles(column_tiles) { place(); }
+  __device__ __forceinline__ void next(int steps_of_a_tile) {
+    if (++step < steps_of_a_tile) return;
+    step = 0, tile += kGrid;
+    place();
+  }
+
+ private:
+  __device__ __forceinline__ void place() { row_tile = tile / column_tiles, column_tile = tile - row_tile * column_tiles; }
+};
+
+// All tiles of Y. use(row, column, low, high) receives rows `row` and `row + 8` of column `column` < n_columns.
 template <Matrix m, class Use>
 __device__ void multiply(const u8* weights, const Operand<m>& x, int n_columns, Use use) {
   using S = Stage<m>;
   const int column_tiles = ceil_div(n_columns, kColumns), tiles = ceil_div(m.row_blocks(), kRowBlocks) * column_tiles;
   const int mine = int(blockIdx.x) < tiles ? (tiles - 1 - int(blockIdx.x)) / kGrid + 1 : 0;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  struct Place { int row_tile, column_tile; };
-  const auto place = [&](int number) {
-    const int tile = blockIdx.x + number * kGrid;
-    return Place{tile / column_tiles, tile % column_tiles};
-  };
+  Steps loading(column_tiles), at(column_tiles);
   Sums sums = {};
+  const auto finish = [&](int row_block, int first_column) {
+#pragma unroll
+    for (int b = 0; b < kWarpBlocks; b++)
+#pragma unroll
+      for (int j = 0; j < kWarpGroups; j++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const int column = first_column + j * 8 + 2 * q + c;
+          if (row_block + b < m.row_blocks() && column < n_columns) use((row_block + b) * 16 + g, column, sums[b][j][c], sums[b][j][2 + c]);
+          sums[b][j][c] = sums[b][j][2 + c] = 0;
+        }
+  };
   pipeline<S::kStages, S::kBytes>(
       dynamic_smem(), mine * S::kSteps,
-      [&](u8* stage, int i) {
-        const Place p = place(i / S::kSteps);
-        load_stage<m>(stage, weights, x, p.row_tile, p.column_tile, i % S::kSteps);
+      [&](u8* stage, int) {
+        load_stage<m>(stage, weights, x, loading.row_tile, loading.column_tile, loading.step);
+        loading.next(S::kSteps);
       },
-      [&](const u8* stage, int i) {
-        const Place p = place(i / S::kSteps);
-        const int step = i % S::kSteps;
-        const int row_block = p.row_tile * kRowBlocks + warp % kWarpsDown * kWarpBlocks;
-        const int first_column = p.column_tile * kColumns + warp / kWarpsDown * kWarpColumns;
-        if (row_block >= m.row_blocks() || first_column >= n_columns) return;
-        multiply_stage<m>(sums, stage, smaller(S::kTiles, m.tiles() - step * S::kTiles));
-        if (step + 1 < S::kSteps) return;
-#pragma unroll
-        for (int b = 0; b < kWarpBlocks; b++)
-#pragma unroll
-          for (int j = 0; j < kWarpGroups; j++)
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-              const int column = first_column + j * 8 + 2 * q + c;
-              if (row_block + b < m.row_blocks() && column < n_columns) use((row_block + b) * 16 + g, column, sums[b][j][c], sums[b][j][2 + c]);
-              sums[b][j][c] = sums[b][j][2 + c] = 0;
-            }
+      [&](const u8* stage, int) {
+        const int row_block = at.row_tile * kRowBlocks + warp % kWarpsDown * kWarpBlocks;
+        const int first_column = at.column_tile * kColumns + warp / kWarpsDown * kWarpColumns;
+        if (row_block < m.row_blocks() && first_column < n_columns) {
+          multiply_stage<m>(sums, stage, smaller(S::kTiles, m.tiles() - at.step * S::kTiles));
+          if (at.step + 1 == S::kSteps) finish(row_block, first_column);
+        }
+        at.next(S::kSteps);
       });
 }
 }  // namespace gemm
