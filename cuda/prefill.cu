@@ -8,7 +8,7 @@ namespace prompt {
 // Eight activations, and for integer weights their group's sum: all lanes of a warp, with consecutive k8.
 template <Matrix m>
 __device__ __forceinline__ void put(const gemm::Operand<m>& x, int column, int k8, uint4 v) {
-  if (k8 < m.padded_cols() / 8) *reinterpret_cast<uint4*>(x.at(column, k8)) = v;
+  if (k8 < m.padded_cols() / 8) x.put_8(column, k8, v);
   if constexpr (m.has_sums()) {
     const float sum = group_sum<m>(v);
     if (k8 < m.padded_cols() / 8 && k8 % (m.group / 8) == 0) *x.sum(column, k8 * 8 / m.group) = sum;
@@ -54,7 +54,7 @@ __device__ void sum_groups(const gemm::Operand<m>& x, int n_columns) {
     const int column = i % n_columns, group = i / n_columns;
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < m.group / 8; k++) sum += sum_8(ld_cg(reinterpret_cast<const uint4*>(x.at(column, group * m.group / 8 + k))));
+    for (int k = 0; k < m.group / 8; k++) sum += sum_8(x.get_8(column, group * m.group / 8 + k));
     *x.sum(column, group) = sum;
   }
 }
@@ -77,8 +77,12 @@ __device__ void read_chunk(const StepArgs& args) {
     at[0] = make_float4(v[0], v[1], v[2], v[3]);
     at[1] = make_float4(v[4], v[5], v[6], v[7]);
   };
-  const auto add_to_residual = [&](const float* bias, int column, int row, float v) {
-    red_add(work.residual() + (u64)column * model::kDim + row, v + (bias ? bias[row] : 0.0f));  // nobody else adds to it
+  const auto biased = [](const float* bias, int row, float2 v) { return bias ? make_float2(v.x + bias[row], v.y + bias[row + 1]) : v; };
+  const auto add_to_residual = [&](const float* bias, int column, int row, float2 v) {  // nobody else adds to it
+    float* at = work.residual() + (u64)column * model::kDim + row;
+    v = biased(bias, row, v);
+    red_add(at, v.x);
+    red_add(at + 1, v.y);
   };
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
@@ -91,10 +95,10 @@ __device__ void read_chunk(const StepArgs& args) {
     grid.sync();  // publishes the normed residual
 
     const float* wqkv_bias = vector(tensors::wqkv_bias);
-    gemm::multiply(weights + tensors::wqkv.offset, attention_input, n, [&](int row, int column, float low, float high) {
+    gemm::multiply(weights + tensors::wqkv.offset, attention_input, n, [&](int row, int column, float2 low, float2 high) {
       float* at = work.qkv() + (u64)column * tensors::wqkv.rows + row;
-      at[0] = low + (wqkv_bias ? wqkv_bias[row] : 0.0f);
-      at[8] = high + (wqkv_bias ? wqkv_bias[row + 8] : 0.0f);
+      *reinterpret_cast<float2*>(at) = biased(wqkv_bias, row, low);
+      *reinterpret_cast<float2*>(at + 8) = biased(wqkv_bias, row + 8, high);
     });
     grid.sync();  // publishes q, k and v of the chunk
 
@@ -110,7 +114,7 @@ __device__ void read_chunk(const StepArgs& args) {
     }
 
     const float* wo_bias = vector(tensors::wo_bias);
-    gemm::multiply(weights + tensors::wo.offset, attended, n, [&](int row, int column, float low, float high) {
+    gemm::multiply(weights + tensors::wo.offset, attended, n, [&](int row, int column, float2 low, float2 high) {
       add_to_residual(wo_bias, column, row, low);
       add_to_residual(wo_bias, column, row + 8, high);
     });
@@ -120,9 +124,9 @@ __device__ void read_chunk(const StepArgs& args) {
     grid.sync();  // publishes the normed residual
 
     const float* w_gate_up_bias = vector(tensors::w_gate_up_bias);
-    gemm::multiply(weights + tensors::w_gate_up.offset, ffn_input, n, [&](int row, int column, float gate, float up) {
-      if (w_gate_up_bias) gate += w_gate_up_bias[row], up += w_gate_up_bias[row + 8];
-      *hidden.element(column, row / 16 * 8 + row % 8) = (u16)round_pair<tensors::w_down.bf16()>(silu(gate) * up, 0.0f);
+    gemm::multiply(weights + tensors::w_gate_up.offset, ffn_input, n, [&](int row, int column, float2 gate, float2 up) {
+      gate = biased(w_gate_up_bias, row, gate), up = biased(w_gate_up_bias, row + 8, up);
+      *hidden.pair(column, row / 16 * 8 + row % 8) = round_pair<tensors::w_down.bf16()>(silu(gate.x) * up.x, silu(gate.y) * up.y);
     });
     grid.sync();  // publishes SwiGLU's result
     if constexpr (tensors::w_down.has_sums()) {
@@ -131,7 +135,7 @@ __device__ void read_chunk(const StepArgs& args) {
     }
 
     const float* w_down_bias = vector(tensors::w_down_bias);
-    gemm::multiply(weights + tensors::w_down.offset, hidden, n, [&](int row, int column, float low, float high) {
+    gemm::multiply(weights + tensors::w_down.offset, hidden, n, [&](int row, int column, float2 low, float2 high) {
       add_to_residual(w_down_bias, column, row, low);
       add_to_residual(w_down_bias, column, row + 8, high);
     });
