@@ -202,7 +202,7 @@ __device__ __forceinline__ void multiply_group(Sums& sums, const u8* tile, int g
 #pragma unroll
   for (int p = 0; p < kParts; p++) {
     float part[kTiles][kWarpBlocks][2][4] = {};
-#pragma unroll 1
+#pragma unroll 2
     for (int s = 0; s < m.group / 32; s++)
       multiply_slice<m>(part, tile, group * (m.group / 32) + s, x + s * kColumns * 64 + p * kTiles * 1024);
 #pragma unroll

@@ -29,6 +29,8 @@ from kernel_models import (
     random_tokens,
     read_cache,
 )
+from seeded_bugs import DROPPED, Bug
+from seeded_prefill_bugs import BUGS, symptom
 from test_kernel import DYNAMIC, LONGROPE, MODELS
 
 from minflash.errors import ContextError
@@ -207,6 +209,22 @@ def test_what_does_not_fit_is_said(machine: Machine) -> None:
 def test_clean_under(sanitizer: emulator.Sanitizer) -> None:
     done = emulator.run_sanitized([__file__], sanitizer, timeout_s=600)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Bugs are planted once, to see that these tests would notice; docs/kernel.md has the whole table
+NAMES = ("nobody waits for copies", "first half", "a position too many")
+PLANTED = [bug for bug in BUGS if bug.what.endswith(NAMES)]
+PLANTED += [Bug(f"no grid barrier {i}", DROPPED["grid barrier"], "", i, 1) for i in (1, 7)]
+
+
+def test_the_right_source_shows_nothing() -> None:
+    assert len(PLANTED) == 5
+    assert symptom(None) is None
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.what)
+def test_a_planted_bug_is_noticed(bug: Bug) -> None:
+    assert symptom(bug) is not None
 
 
 def sanitized() -> None:

@@ -1,4 +1,4 @@
-"""A few steps of small models on the GPU: what compute-sanitizer and ncu are pointed at.
+"""A few steps and a long prompt of small models on the GPU: what compute-sanitizer and ncu are pointed at.
 
     compute-sanitizer --tool racecheck python3 tools/gpu_step.py int4
 """
@@ -26,7 +26,7 @@ from minflash.sampling import Sampling  # noqa: E402
 
 
 def main(type: str, capability: int) -> None:
-    """Two columns, one column, splits of the past, sampling with all filters."""
+    """Two columns, one column, splits of the past, a long prompt, sampling with all filters."""
     group = 0 if type in ("bf16", "fp16") else 64
     config = model_config(dim=128, hidden_dim=192, qk_norm=True, qkv_bias=True, windows=(0, 40))
     model = RandomModel(config, type, group)
@@ -35,6 +35,11 @@ def main(type: str, capability: int) -> None:
     tokens = random_tokens(config, 72)
     logits = feed(step, tokens, (8, 8, 8, 8, 8, 8, 8, 8, 1, 1, 2))
     assert_within_bound(logits, *references(model, tokens))
+    long = random_tokens(config, 150)
+    step.prefill(long[:141], 0)
+    logits = feed(step, long[141:], (8, 1), 141)
+    exact, rounded = references(model, long)
+    assert_within_bound(logits, exact[141:], rounded[141:])
     step.token(step.step([5], 72, sampling=Sampling(0.8, 40, 0.9, 0.01, 7)))
     machine.close()
     print(f"{type}, sm_{capability} path: {len(step.device.launches)} launches, within the bound")
