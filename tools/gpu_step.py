@@ -1,4 +1,4 @@
-"""A few steps and a long prompt of small models on the GPU: what compute-sanitizer and ncu are pointed at.
+"""Steps and a long prompt of small models on the GPU: for compute-sanitizer and ncu.
 
     compute-sanitizer --tool racecheck python3 tools/gpu_step.py int4
 """
