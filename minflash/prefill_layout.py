@@ -8,7 +8,7 @@ from .config import ModelConfig
 from .packing import Layout
 from .tuning import Tuning
 
-PREFILL_TILE = 128  # tokens of one tile of a product, as kColumns of cuda/gemm.cuh
+PREFILL_TILE = 128  # tokens of one tile of a product, as kColumns of cuda/tiles.cuh
 _PHASES_PER_LAYER = 8  # a matrix whose columns' sums are needed has one more
 
 

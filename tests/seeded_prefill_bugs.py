@@ -67,7 +67,7 @@ def dropped() -> Iterator[Bug]:
     for kind in KINDS:
         for index, match in enumerate(re.finditer(DROPPED[kind], source)):
             file = re.findall(r'#line \d+ "(\S+)"', source[: match.start()])[-1]
-            if not file.startswith(("gemm", "prefill")):
+            if not file.startswith(("gemm", "tiles", "prefill")):
                 continue
             comment = match[0].partition("//")[2].strip()
             yield Bug(

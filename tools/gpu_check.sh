@@ -48,7 +48,9 @@ sanitizer() { # --tool racecheck sees shared memory only; blocks are compared by
 }
 
 bench() { run bench 480 python3 -m minflash bench --quant bf16,int4,int8 \
-    --shape smollm2-135m,llama-3.2-1b,llama-3.1-8b --context 128 && cat "$out/bench.log"; }
+    --shape smollm2-135m,llama-3.2-1b,llama-3.1-8b --context 128 && cat "$out/bench.log"
+    run prefill 240 python3 -m minflash bench --quant bf16,int4,int8 \
+        --shape smollm2-135m,llama-3.2-1b,llama-3.1-8b --prefill 32,512,2048 && cat "$out/prefill.log"; }
 
 parity() {
     run parity 300 python3 tools/parity.py
