@@ -15,6 +15,7 @@ from .errors import ArgumentError, DeviceError
 if TYPE_CHECKING:
     from .against import Against
     from .bench import BenchResult
+    from .bench_prefill import PrefillResult
 
 EPILOG = """examples:
   minflash bench
@@ -24,6 +25,7 @@ EPILOG = """examples:
   minflash bench --shape llama-3.1-8b --profile
   minflash bench --shape llama-3.2-1b --quant bf16 --against transformers
   minflash bench --shape llama-3.2-1b --quant bf16 --sampling greedy,filters,all
+  minflash bench --shape llama-3.1-8b --quant bf16,int4 --prefill 512,2048
   minflash bench --set stages=16 --set in_flight_bytes=32768
 
 The weights are random and made on the GPU: no file is needed. Several values, separated by commas,
@@ -38,6 +40,7 @@ _AGAINST_COLUMNS = (
 _COLUMNS = (
     "shape", "quant", "context", "cols", "sampling", "ms/step", "tok/s", "GB/s", "% of ceiling",
 )  # fmt: skip
+_PREFILL_COLUMNS = ("shape", "quant", "context", "tokens", "ms", "tok/s", "TFLOP/s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", default="llama-3.2-1b", metavar="NAMES", help="such as llama-3.1-8b")
     add("--quant", default="int4", metavar="TYPES", help=f"of {', '.join(QUANTS)}")
     add("--group-size", type=int, metavar="N", help="32, 64 or 128 (default: as convert takes)")
-    add("--context", default="128", metavar="NS", help="positions before the step (128)")
+    add("--context", metavar="NS", help="positions before the step (128) or the prompt (0)")
     add("--columns", default="1", metavar="NS", help="tokens of one step, 1 to 8 (1)")
     add(
         "--sampling", default="greedy", metavar="NAMES",
@@ -60,29 +63,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--end-to-end", action="store_true", help="also generate through the engine, and compare")
     add("--profile", action="store_true", help="also show where a step's time goes, by phase")
     add("--against", choices=ENGINES, help="also run this engine, which a checkout can")
+    add("--prefill", metavar="NS", help="time the reading of prompts of N tokens, not steps")
     add("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints. Raises ArgumentError, and DeviceError without a GPU."""
     shapes, quants = args.shape.split(","), _members("quant", args.quant, QUANTS)
-    contexts, columns = _counts("context", args.context), _counts("columns", args.columns)
+    contexts, columns = _contexts(args), _counts("columns", args.columns)
     samplings = _members("sampling", args.sampling, SAMPLINGS)
     overrides = tuning_overrides(args.set) | ({"profile": True} if args.profile else {})
-    if max(columns) > 8 or args.steps < 1 or args.runs < 1:
-        raise ArgumentError("--columns takes 1 to 8, --steps and --runs at least 1")
+    prompts = None if args.prefill is None else _counts("prefill", args.prefill)
+    _check(args, columns, samplings)
     from .shapes import shape_config, shape_layouts
 
     for shape in shapes:  # wrong names are said before anything is measured
         for quant in quants:
             shape_layouts(shape_config(shape), quant, args.group_size)
-    if args.against and columns != [1]:
-        raise ArgumentError(f"--against compares single tokens; leave out --columns {args.columns}")
     other = load_tool(args.against) if args.against else None
     from .probe import cuda_problem
 
     if problem := cuda_problem():
         raise DeviceError(f"minflash bench measures a GPU, and none can be used: {problem}")
+    if prompts is not None:
+        return _run_prefill(args, shapes, quants, contexts, prompts, overrides)
     from .bench import Bench
 
     bench = Bench()
@@ -130,8 +134,62 @@ def against_table(results: list[BenchResult]) -> str:
     return "\n".join(lines)
 
 
-def _type(result: BenchResult) -> str:
+def _type(result: BenchResult | PrefillResult) -> str:
     return f"{result.quant}-g{result.group_size}" if result.group_size else result.quant
+
+
+def _check(args: argparse.Namespace, columns: list[int], samplings: list[str]) -> None:
+    """Raises ArgumentError for options that do not go together."""
+    if max(columns) > 8 or args.steps < 1 or args.runs < 1:
+        raise ArgumentError("--columns takes 1 to 8, --steps and --runs at least 1")
+    steps_only = args.profile or args.end_to_end or args.against or samplings != ["greedy"]
+    if args.prefill is not None and (steps_only or columns != [1]):
+        raise ArgumentError(
+            "--prefill goes without --columns, --profile, --end-to-end, --sampling and --against"
+        )
+    if args.against and columns != [1]:
+        raise ArgumentError(f"--against compares single tokens; leave out --columns {args.columns}")
+
+
+def _contexts(args: argparse.Namespace) -> list[int]:
+    if args.context is None:
+        return [128 if args.prefill is None else 0]
+    return _counts("context", args.context)
+
+
+def _run_prefill(
+    args: argparse.Namespace, shapes: list[str], quants: list[str], contexts: list[int],
+    prompts: list[int], overrides: dict[str, int | bool],
+) -> int:  # fmt: skip
+    """Measures prompts of all lengths, and prints."""
+    from .bench_prefill import measure_prefill
+    from .device import CudaDevice
+
+    device, results = CudaDevice(), []
+    for shape, quant, context, tokens in (
+        (s, q, n, t) for s in shapes for q in quants for n in contexts for t in prompts
+    ):
+        result = measure_prefill(
+            device, shape, quant, group_size=args.group_size, context=context, tokens=tokens,
+            runs=args.runs, **overrides,
+        )  # fmt: skip
+        results.append(result)
+        if not args.json:
+            _print_prefill(result, header=len(results) == 1)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
+    return 0
+
+
+def _print_prefill(result: PrefillResult, *, header: bool) -> None:
+    if header:
+        print(f"{result.card}, driver {result.driver}, commit {result.commit or 'unknown'}")
+        print("{:14} {:9} {:>8} {:>7} {:>9} {:>9} {:>8}".format(*_PREFILL_COLUMNS))
+    print(
+        f"{result.shape:14} {_type(result):9} {result.context:8} {result.tokens:7} "
+        f"{result.ms:9.3f} {result.tokens_per_s:9.0f} {result.tflop_per_s:8.1f}",
+        flush=True,
+    )
 
 
 def tuning_overrides(settings: list[str]) -> dict[str, int | bool]:

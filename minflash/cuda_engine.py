@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 LARGEST_CARD = DeviceFacts(compute_capability=90, multiprocessors=132, shared_bytes=232448)
 AHEAD = 4  # steps launched before the token of the one before them is read
 QUEUED_CHUNKS = 8  # steps of a prompt that are launched before the host looks up
+LEAST_PREFILL = 24  # tokens before a prompt's last ones that are worth a launch of their own
 
 
 def model_problem(checkpoint: Checkpoint) -> str | None:
@@ -257,11 +258,14 @@ class CudaEngine:
         last: options of the last of them, which chooses a token. Returns its ticket, or None when
         cancelled.
         """
-        ticket = 0
+        ticket, front = 0, self._front(prompt)
         # In the pieces of a fresh start, which costs no step more: asking the same prompt again
-        # then gives the same bits.
+        # then gives the same bits. Within the front any pieces give the same bits.
         self.reused = self._kept.shared(prompt) // MANY_COLUMNS * MANY_COLUMNS
-        for number, begin in enumerate(range(self.reused, len(prompt), MANY_COLUMNS), start=1):
+        rest = self._read_front(prompt, self.reused, front, cancelled)
+        if rest is None:
+            return None
+        for number, begin in enumerate(range(rest, len(prompt), MANY_COLUMNS), start=1):
             part = prompt[begin : begin + MANY_COLUMNS]
             options = last if begin + len(part) == len(prompt) else {"head": False}
             ticket = self._step(part, begin, length=len(prompt), **options)
@@ -270,6 +274,34 @@ class CudaEngine:
             if cancelled():
                 return None
         return ticket
+
+    def _front(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt are read without a head: all but the last 1 to 8, or none.
+
+        It depends on the prompt alone, and not on what the cache holds: see _read_prompt.
+        """
+        front = (len(prompt) - 1) // MANY_COLUMNS * MANY_COLUMNS
+        return front if front >= LEAST_PREFILL and self._open_model().prefill_tokens else 0
+
+    def _read_front(
+        self, prompt: Sequence[int], begin: int, front: int, cancelled: Cancelled
+    ) -> int | None:
+        """Reads ``prompt[begin:front]``, many tokens a launch.
+
+        Returns where the steps go on, or None when cancelled.
+        """
+        model = self._open_model()
+        while begin < front:
+            part = prompt[begin : min(front, begin + model.prefill_tokens)]
+            self._kept.cut(begin)
+            model.prefill(part, begin, length=len(prompt))
+            self._note(part, len(prompt))
+            begin += len(part)
+            if begin < front:
+                model.wait()  # so that there is something to cancel
+            if cancelled():
+                return None
+        return begin
 
     def _step(self, tokens: Sequence[int], position: int, **options: Any) -> int:
         """Launches a step, and keeps the books of what the cache holds."""

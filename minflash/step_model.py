@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rope
-from .codegen import ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD, PROFILE_MARKS, generate
+from .codegen import ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD, PREFILL, PROFILE_MARKS, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
@@ -73,7 +73,9 @@ class StepModel:
             kv_type = "bf16" if checkpoint.matrices["layers.0.wqkv"].type == "bf16" else "fp16"
         self.kv_type = kv_type
         tuning = tuning or choose(config, checkpoint.matrices, device.facts)
-        self.program = generate(config, checkpoint.matrices, tuning, kv_type=kv_type)
+        self.program = generate(
+            config, checkpoint.matrices, tuning, kv_type=kv_type, max_context=max_context
+        )
         self.max_context = gpu_context(config, self.program, device.free_bytes(), max_context)
         try:
             kernels = device.build(self.program)  # compiles while the weights are uploaded
@@ -109,6 +111,7 @@ class StepModel:
         args["alarm"], args["watchdog_ns"] = alarm_address, watchdog_ns
         args["kv_layer_bytes"] = kv_bytes // self.config.n_layers
         args["max_blocks"] = cache_blocks(self.max_context)
+        args["prefill_tokens"] = self.program.prefill_tokens
 
     def step(
         self,
@@ -131,33 +134,60 @@ class StepModel:
         n = len(tokens)
         if not 1 <= n <= MANY_COLUMNS:
             raise AssertionError(f"a step takes 1 to {MANY_COLUMNS} tokens, not {n}")
-        if position + n > self.max_context:
-            raise ContextError(
-                f"position {position + n - 1} is past the context of {self.max_context} positions"
-            )
-        self._set_rope(length or position + n)
+        self._begin(position, n, length)
         self._ticket = (self._ticket + 1) & 0xFFFFFFFF
         args = self._args
         args["tokens"][:n] = tokens
-        args["position"], args["n_columns"] = position, n
         args["head"], args["logits"] = head, logits
         self._set_sampling(sampling)
         self._set_extras(extras)
         slot = self._ticket % _MAILBOX_SLOTS
         args["ticket"], args["mailbox"] = self._ticket, self._mailbox_address + 8 * slot
         args["report"] = self._reports_address + REPORT.itemsize * slot
+        ranks = head and (sampling.filters or extras.logprobs is not None)
+        self._run("step_one" if n == 1 else "step_many", ranks=ranks)
+        return self._ticket
+
+    def prefill(self, tokens: Sequence[int], position: int, *, length: int | None = None) -> None:
+        """Launches one read of many tokens, which fills the cache only; does not wait.
+
+        tokens: 1 to ``prefill_tokens`` ids at ``position`` and after it; length: as for a step.
+        Raises ContextError past the end of the cache.
+        """
+        n, most = len(tokens), self.prefill_tokens
+        if not 1 <= n <= most:
+            raise AssertionError(f"one launch reads 1 to {most} tokens of a prompt, not {n}")
+        self._begin(position, n, length)
+        place = self._workspace + self.program.workspace["prefill"]
+        self.device.upload(place, np.array(tokens, np.int32))
+        self._run(PREFILL)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Most tokens of one ``prefill``; 0: there is none."""
+        return self.program.prefill_tokens
+
+    def _begin(self, position: int, n: int, length: int | None) -> None:
+        """The arguments of all launches for ``n`` tokens at ``position``."""
+        if position + n > self.max_context:
+            raise ContextError(
+                f"position {position + n - 1} is past the context of {self.max_context} positions"
+            )
+        self._set_rope(length or position + n)
+        self._args["position"], self._args["n_columns"] = position, n
+
+    def _run(self, kernel: str, *, ranks: bool = False) -> None:
+        """Launches a kernel, and counts its phases and its arrivals at the grid barrier."""
         if self._launching:  # an interrupt left open whether the last launch happened
             self._reset_barrier()
-        args["barrier_base"] = self._arrivals & 0xFFFFFFFF
-        args["first_phase"] = self._phases & 0xFFFFFFFF
+        self._args["barrier_base"] = self._arrivals & 0xFFFFFFFF
+        self._args["first_phase"] = self._phases & 0xFFFFFFFF
         self._phases += self.program.barriers + 1  # the head is a phase, too
         self._launching = True
-        self._launch["step_one" if n == 1 else "step_many"](args)
-        ranks = head and (sampling.filters or extras.logprobs is not None)
-        barriers = self.program.barriers * (n > 1) + self.program.tail_barriers * ranks
+        self._launch[kernel](self._args)
+        barriers = self.program.barriers_of(kernel, ranks=ranks)
         self._arrivals += barriers * self.program.tuning.grid
         self._launching = False
-        return self._ticket
 
     def token(self, ticket: int) -> int:
         """Waits for the token that the step ``ticket`` chose, or NO_TOKEN or EXCLUDED of tail.py.

@@ -50,6 +50,7 @@ class Tuning:
     shared_bytes: int = 232448
     max_splits: int = 64  # of the past, per KV head
     split_blocks: int = 8  # least blocks of 16 positions of a split
+    prefill_tokens: int = 512  # most tokens of a prompt that one launch reads; 0: only steps do
     profile: bool = False  # compile the in-kernel timer in
 
 
@@ -103,8 +104,8 @@ def _line_tiles(layout: Layout) -> int:
 def chunk_tiles(layout: Layout, tuning: Tuning) -> int:
     """Tiles of one copy: as many as a stage holds, fewer where the warps of a block would idle.
 
-    Where a block has few row blocks, each of them has a chunk for every warp. Chunks are whole lines
-    where a stage holds one such number of tiles.
+    Where a block has few row blocks, each of them has a chunk for every warp. Chunks are whole
+    lines where a stage holds one such number of tiles.
     """
     most = max(1, tuning.stage_bytes // layout.tile_bytes)
     row_blocks = -(-layout.row_blocks // tuning.grid)  # of one block

@@ -12,7 +12,7 @@ import numpy as np
 from emulator import EmulatedModule, Order
 from numpy.typing import NDArray
 
-from minflash.codegen import Program
+from minflash.codegen import PREFILL, Program
 from minflash.config import ModelConfig, RopeConfig
 from minflash.device import CudaDevice, Device
 from minflash.numeric import bf16_to_fp32, fp32_to_bf16
@@ -172,22 +172,22 @@ class EmulatedDevice:
         return self._new(nbytes, 0)
 
     def build(self, program: Program) -> Mapping[str, Launch]:
-        module = compiled(self.edit(program.source))
+        compiled(self.edit(program.source))
 
         def launcher(name: str) -> Launch:
             def launch(args: NDArray[np.void]) -> None:
                 self.before_launch(args)
                 self.launches.append(name)
-                threads, shared = 32 * (program.tuning.warps + 1), program.maps[name].total_bytes
+                threads, shared = program.launch_shape(name)
                 assert shared <= self.facts.shared_bytes
-                module.launch(
+                compiled(self.edit(program.source_of(name))).launch(
                     name, program.tuning.grid, threads, shared, args,
                     order=self.order, seed=self.seed, timeout_s=self.timeout_s,
                 )  # fmt: skip
 
             return launch
 
-        return {name: launcher(name) for name in module.kernels}
+        return {name: launcher(name) for name in (*program.maps, PREFILL)}
 
     def synchronize(self) -> None: ...
 

@@ -326,14 +326,14 @@ def test_code_is_compiled_once_and_kept(
 ) -> None:
     pytest.importorskip("cupy_backends.cuda.libs.nvrtc", exc_type=ImportError)
     monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
-    options = {"a": (architecture(90),), "b": (architecture(80),)}
-    codes = {name: wait() for name, wait in compile_all(SOURCE, options).items()}
+    jobs = {"a": (SOURCE, (architecture(90),)), "b": (SOURCE, (architecture(80),))}
+    codes = {name: wait() for name, wait in compile_all(jobs).items()}
     assert all(code.startswith(b"\x7fELF") for code in codes.values())
     monkeypatch.setattr(compiler, "compile_source", lambda *_: pytest.fail("compiled again"))
-    assert {name: wait() for name, wait in compile_all(SOURCE, options).items()} == codes
+    assert {name: wait() for name, wait in compile_all(jobs).items()} == codes
     for file in (tmp_path / "kernels").iterdir():
         file.write_bytes(file.read_bytes()[:-1])  # damaged: as if it were not there
-    assert compiler.load_cached(SOURCE, options["a"]) is None
+    assert compiler.load_cached(*jobs["a"]) is None
 
 
 def test_without_a_compiler_or_with_a_bad_source_the_way_out_is_said(

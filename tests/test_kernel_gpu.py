@@ -54,8 +54,24 @@ def test_all_multiprocessors(machine: Machine, type: str, group: int) -> None:
     tokens = random_tokens(model.config, 40)
     step = machine.open(model, ALL, max_context=128)
     logits = feed(step, tokens, (1, 8, 2, 7))
-    assert step.device.local_bytes == {"step_one": 0, "step_many": 0}  # type: ignore[attr-defined]
+    assert step.device.local_bytes == {"step_one": 0, "step_many": 0, "prefill": 0}  # type: ignore[attr-defined]
     assert_within_bound(logits, *references(model, tokens))
+
+
+@pytest.mark.parametrize("type, group", TYPES)
+def test_a_long_prompt_on_all_multiprocessors(machine: Machine, type: str, group: int) -> None:
+    """Three tiles of columns, the last not full; ten times the same bits."""
+    model = middle_model(type, group)
+    tokens = random_tokens(model.config, 330)
+    exact, rounded = references(model, tokens)
+    step = machine.open(model, ALL, max_context=400)
+    first = None
+    for _ in range(10):
+        step.prefill(tokens[:321], 0)
+        logits = feed(step, tokens[321:], (8, 1), 321)
+        first = logits if first is None else first
+        np.testing.assert_array_equal(logits, first)
+    assert_within_bound(logits, exact[321:], rounded[321:])
 
 
 def test_bulk_copies_and_cp_async_give_the_same(machine: Machine) -> None:

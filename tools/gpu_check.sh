@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What CI cannot check, on a machine with a GPU, a python3 with CuPy, pytest and hypothesis.
 #
-#   tools/gpu_check.sh [tests] [sanitizer] [bench] [targets] [parity] [ncu]
-#                                                      (default: tests sanitizer bench targets)
+#   tools/gpu_check.sh [tests] [sanitizer] [bench] [targets] [prompts] [parity] [ncu]
+#                                                      (default: all but parity and ncu)
 #
 # bench writes $OUT/bench.json, targets compares it with tools/targets.json. Each part fits into nine
 # minutes. Logs lie under $OUT (default .gpu_check); the last lines are tables of parts and, if asked
@@ -53,6 +53,9 @@ bench() { run bench 520 python3 tools/targets.py measure "$out/bench.json" && ca
 
 targets() { run targets 20 python3 tools/targets.py check "$out/bench.json"; }
 
+prompts() { run prompts 240 python3 -m minflash bench --quant bf16,int4,int8 \
+    --shape smollm2-135m,llama-3.2-1b,llama-3.1-8b --prefill 32,512,2048 && cat "$out/prompts.log"; }
+
 parity() {
     run parity 300 python3 tools/parity.py
     run greedy 200 python3 tools/greedy_check.py
@@ -63,11 +66,11 @@ ncu() { # one kernel per step: the count of launches as the profiler sees them
         python3 tools/gpu_step.py int4
 }
 
-[ $# -gt 0 ] || set -- tests sanitizer bench targets
+[ $# -gt 0 ] || set -- tests sanitizer bench targets prompts
 for part in "$@"; do
     case $part in
-    tests | sanitizer | bench | targets | parity | ncu) "$part" ;;
-    *) echo "no part $part: tests, sanitizer, bench, targets, parity, ncu" && exit 2 ;;
+    tests | sanitizer | bench | targets | prompts | parity | ncu) "$part" ;;
+    *) echo "no part $part: tests, sanitizer, bench, targets, prompts, parity, ncu" && exit 2 ;;
     esac
 done
 

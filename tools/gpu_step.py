@@ -1,4 +1,4 @@
-"""A few steps of small models on the GPU: what compute-sanitizer and ncu are pointed at.
+"""Steps and a long prompt of small models on the GPU: for compute-sanitizer and ncu.
 
 compute-sanitizer --tool racecheck python3 tools/gpu_step.py int4
 """
@@ -28,7 +28,7 @@ from minflash.tail import Extras, noted_tokens  # noqa: E402
 
 
 def main(type: str, capability: int) -> None:
-    """Two columns, one column, splits of the past, sampling with all filters and extras."""
+    """Two columns, one column, splits of the past, a long prompt, sampling with all there is."""
     group = 0 if type in ("bf16", "fp16") else 64
     config = model_config(dim=128, hidden_dim=192, qk_norm=True, qkv_bias=True, windows=(0, 40))
     model = RandomModel(config, type, group)
@@ -37,6 +37,11 @@ def main(type: str, capability: int) -> None:
     tokens = random_tokens(config, 72)
     logits = feed(step, tokens, (8, 8, 8, 8, 8, 8, 8, 8, 1, 1, 2))
     assert_within_bound(logits, *references(model, tokens))
+    long = random_tokens(config, 150)
+    step.prefill(long[:141], 0)
+    logits = feed(step, long[141:], (8, 1), 141)
+    exact, rounded = references(model, long)
+    assert_within_bound(logits, exact[141:], rounded[141:])
     sampling = Sampling(0.8, 40, 0.9, 0.01, 7, repetition_penalty=1.1)
     step.token(step.step([5], 72, sampling=sampling))
     step.note_tokens(noted_tokens(config.vocab_size, sampling, [5]))

@@ -283,6 +283,9 @@ inline bool mbarrier_try_wait_parity(u64* b, u32 parity) { return emulated::mbar
 inline void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) { emulated::copy_bulk(dst, src, bytes, b); }
 inline void cp_async_16(void* dst, const void* src) { emulated::copy_16(dst, src); }
 inline void cp_async_mbarrier_arrive_noinc(u64* b) { emulated::copy_16_arrive(b); }
+inline void cp_async_commit_group() { emulated::copy_16_commit(); }
+template <int kPending>
+inline void cp_async_wait_group() { emulated::copy_16_wait(kPending); }
 
 inline void bar_sync(int id, int threads) { emulated::named_barrier(id, threads); }
 
