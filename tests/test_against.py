@@ -56,7 +56,7 @@ class Measured:
 
         return BenchResult(
             shape, quant, 64 if quant == "int4" else 0, context, 1, 0.5, 2000.0, 1.0, 2.0,
-            3000.0, 60.0, "a card", "1", "abc", 8, 8192, 40960,
+            3000.0, 60.0, "a card", "1", "abc", 8, 8192, 40960, "greedy",
         )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class Bench:
         group, columns = options.get("group_size", 0), options.get("columns", 1)
         return BenchResult(
             shape, quant, group, options["context"], columns, 0.5, 2000.0, 1.0, 2.0, 3000.0, 60.0,
-            "NVIDIA H100", "1", "abc", 8, 8192, 40960,
+            "NVIDIA H100", "1", "abc", 8, 8192, 40960, "greedy",
         )  # fmt: skip
 
 
