@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from kernel_models import EmulatedDevice, RandomModel, bound, references
+from kernel_models import EmulatedDevice, RandomModel, bound, references, without_last_block
 
 from minflash import compiler, probe
 from minflash import engine as engine_module
@@ -169,6 +170,28 @@ def test_logits_that_are_not_finite_are_an_error(model: RandomModel) -> None:
     engine = CudaEngine.over(step)
     with pytest.raises(MinflashError, match=r"no finite logit \(position 10\): its weights are"):
         list(engine.tokens(PROMPT, GREEDY, 5))
+
+
+def test_an_alarm_of_one_column_names_what_did_not_come(
+    checkpoint: Checkpoint, model: RandomModel
+) -> None:
+    """A missing block's results: who waits, the number they should carry, and what is there."""
+    engine, _ = open_engine(checkpoint, 64)
+    step = engine._open_model()
+    whole, patience = step._launch, int(step._args["watchdog_ns"])
+    step._args["watchdog_ns"], step._launch = 5_000_000, without_last_block(step)
+    first = step._phases
+    with pytest.raises(DeviceError) as caught:
+        step.token(step.step([PROMPT[0]], 0))
+    alarm = r"0.005 s: result of another block, block 0, phase (\d+), expected (\d+), seen 0;"
+    found = re.search(alarm, str(caught.value))
+    assert found is not None, caught.value
+    phase, expected = int(found[1]), int(found[2])
+    assert phase >= 1 and expected == first + phase - 1  # what the phase before should have written
+    step._args["watchdog_ns"], step._launch = patience, whole
+    exact, rounded = references(model, PROMPT)
+    assert np.abs(engine.logits(PROMPT) - exact).max() <= bound(exact, rounded)
+    engine.close()
 
 
 def test_an_alarm_names_what_waited_and_the_model_works_again(

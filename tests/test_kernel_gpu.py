@@ -21,6 +21,7 @@ from kernel_models import (
     model_config,
     random_tokens,
     references,
+    without_last_block,
 )
 from test_kernel import MODELS, SAMPLINGS, TYPES, assert_sampled
 
@@ -148,8 +149,26 @@ def test_a_barrier_that_never_completes_is_an_error_and_the_model_goes_on(machin
     step._arrivals += 1  # as if a block had not come
     begin = time.monotonic()
     with pytest.raises(DeviceError, match=r"barrier, block \d+, phase 1, expected \d+, seen \d+"):
-        step.token(step.step([1], 0))
+        step.token(step.step([1, 2], 0))
     assert time.monotonic() - begin < 3  # a second of patience, here
+    assert (feed(step, tokens, (8, 1)) == right).all()
+
+
+def test_a_result_that_never_comes_is_an_error_and_the_model_goes_on(machine: Machine) -> None:
+    """One column has no barriers: what a missing block should have written is waited for."""
+    model = middle_model("bf16", 0)  # with work for every block
+    step = machine.open(model, ALL)
+    tokens = random_tokens(model.config, 20)
+    right = feed(step, tokens, (8, 1))
+    whole, step._launch = step._launch, without_last_block(step)
+    begin = time.monotonic()
+    with pytest.raises(
+        DeviceError,
+        match=r"result of another block, block \d+, phase \d+, expected \d+, seen \d+",
+    ):
+        step.token(step.step([1], 0))
+    assert time.monotonic() - begin < 3
+    step._launch = whole
     assert (feed(step, tokens, (8, 1)) == right).all()
 
 
