@@ -184,10 +184,9 @@ struct Running {
   float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kHeadDim / 16][4] = {};
 };
 
-// One block of 16 positions. visible(row, position in block) masks.
-template <class Map, class Visible>
-__device__ __forceinline__ void attend(Running& run, const u8* block, Visible visible) {
-  const u8* queries = Scratch<Map>::here().queries;
+// One block of 16 positions. queries: [kRows][kQueryStride]; visible(row, position in block) masks.
+template <class Visible>
+__device__ __forceinline__ void attend(Running& run, const u8* block, const u8* queries, Visible visible) {
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
   float score[4] = {}, odd[4] = {};
 #pragma unroll 1
@@ -265,14 +264,14 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
 #pragma unroll 1
     for (int b = 0; b < smaller(kChunkBlocks, end - begin - i * kChunkBlocks); b++) {
       const int first = (begin + i * kChunkBlocks + b) * 16;
-      attend<Map>(run, data + b * kBlockBytes, [&](int row, int offset) {
+      attend(run, data + b * kBlockBytes, s.queries, [&](int row, int offset) {
         const int position = first + offset;
         return position < plan.position && (!window || position > plan.position + column_of(row) - window);
       });
     }
   });
   if (thread_index() / 32 == kWarps - 1 && u.split == plan.splits - 1)
-    attend<Map>(run, s.fresh, [&](int row, int offset) {
+    attend(run, s.fresh, s.queries, [&](int row, int offset) {
       const int column = column_of(row);
       return offset <= column && offset < plan.n_columns && (!window || offset > column - window);
     });

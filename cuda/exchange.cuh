@@ -5,7 +5,8 @@
 // reader polls the words that it needs. That saves a fence, an atomic and a read of L2 a phase.
 //
 // No word is overwritten before all its readers have read it: whoever is two phases further has seen
-// results of every block that had work in between, and each of those began with reading its own words.
+// results of every block that had work in between, and each of those began with reading its own words. A
+// block without rows in a product reads nothing for it: nobody would wait for that block.
 #pragma once
 #include "sync.cuh"
 

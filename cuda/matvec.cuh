@@ -169,7 +169,8 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
   float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + W::kPartialsAt);
   constexpr int kSlot = 16 * Map::kColumns;
   consumer.profile.mark(kBegin);
-  if (W::kPanels == 1) load_panel(0);
+  // Who has no rows must not read: nobody waits for it, so what it would read may be overwritten already.
+  if (W::kPanels == 1 && share.count > 0) load_panel(0);
   consumer.profile.mark(kLoaded);
 #pragma unroll 1
   for (int window = 0; window < share.count; window += W::kWindow) {

@@ -102,21 +102,14 @@ __device__ void consume(const StepArgs& args) {
 
   if (!args.head) return;
   const float* final_norm = reinterpret_cast<const float*>(args.weights + tensors::final_norm);
-  const bool keep_logits = args.logits || sampler::filtered(args);
-  Candidate best;
+  sampler::Choice<Map> choice(args);
   multiply_matrix<Map, tensors::head>(
       consumer, deal, n, [&](int panel) { load_normed<Map, tensors::head>(exchange, residual, final_norm, n, panel); },
       [&](int row, int column, float low, float high, u32, Nothing) {
-        const float both[2] = {low, high};
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int token = row + 8 * i;
-          if (token >= model::kVocab) break;
-          if (keep_logits) work.logits()[(u64)column * model::kVocab + token] = both[i];
-          if (column == n - 1) best.offer(sampler::score(args, both[i], token), token);
-        }
+        if (row < model::kVocab) choice.see(low, column, row);
+        if (row + 8 < model::kVocab) choice.see(high, column, row + 8);
       });
-  sampler::choose<Map>(args, best, work.logits() + (u64)(n - 1) * model::kVocab, work.candidates(), work.arrivals() + kMaxTeams, work.next_token());
+  choice.finish(exchange.grid);
 }
 
 template <class Map>

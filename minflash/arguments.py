@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypedDict
 
 from .errors import ArgumentError
 from .packing import GROUP_SIZES, TYPES
-from .sampling import Sampling
+from .sampling import MAX_LOGPROBS, Sampling
 from .structured import Grammar, parse_grammar
 
 DEFAULT_MAX_TOKENS = 256
@@ -44,7 +44,6 @@ class Options(TypedDict, total=False):
     grammar: str | None  # the whole text follows this Lark grammar
 
 
-MAX_LOGPROBS = 100
 _SAMPLING_NAMES = (
     *("temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", "logit_bias"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),

@@ -9,10 +9,11 @@ from __future__ import annotations
 import statistics
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .against import Against
 from .config import ModelConfig
 from .cuda_engine import CudaEngine
 from .device import CudaDevice, Device
@@ -22,11 +23,24 @@ from .profiling import PhaseTime, phase_times
 from .sampling import Sampling
 from .shapes import shape_config, shape_layouts
 from .step_model import CHAINED, StepModel
+from .tail import PLAIN, Extras, noted_tokens
 from .tensors import expected_tensors
 from .tuning import choose
 
 CEILING_BYTES = 4 << 30  # that reading is measured on
 _END_TO_END_TOKENS = 256
+_FILTERS = Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02, seed=1)
+_ALL = replace(
+    _FILTERS, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1,
+    logit_bias=((1, 1.0),), min_tokens=1,
+)  # fmt: skip
+SAMPLINGS = {
+    "greedy": (Sampling(), PLAIN),
+    "temperature": (Sampling(temperature=0.8, seed=1), PLAIN),
+    "top_p": (Sampling(temperature=0.8, top_p=0.95, seed=1), PLAIN),
+    "filters": (_FILTERS, PLAIN),
+    "all": (_ALL, Extras(adjust=True, ban_ends=True, logprobs=20)),
+}
 _READ_KERNEL = r"""
 extern "C" __global__ void __launch_bounds__(1024, 1)
 read_all(const uint4* data, unsigned long long n, unsigned* sink) {
@@ -66,8 +80,10 @@ class BenchResult:
     stages: int
     stage_bytes: int
     in_flight_bytes: int
+    sampling: str  # of SAMPLINGS
     end_to_end_tokens_per_s: float | None = None  # generation through the engine; None: not asked
     phases: list[PhaseTime] | None = None  # of the in-kernel timer; None: not asked
+    against: Against | None = None  # another engine at this shape and context; None: not asked
 
 
 class RandomWeights:
@@ -162,11 +178,12 @@ class Bench:
 
     def measure(
         self, shape: str, quant: str, *, group_size: int | None = None, context: int = 128,
-        columns: int = 1, steps: int = 50, runs: int = 5, end_to_end: bool = False,
-        **tuning: int | bool,
+        columns: int = 1, steps: int = 50, runs: int = 5, sampling: str = "greedy",
+        end_to_end: bool = False, **tuning: int | bool,
     ) -> BenchResult:  # fmt: skip
-        """Times ``runs`` batches of ``steps`` greedy steps of ``columns`` tokens at ``context``.
+        """Times ``runs`` batches of ``steps`` steps of ``columns`` tokens at ``context``.
 
+        sampling: of SAMPLINGS, how each step chooses its token.
         end_to_end: also generates after a prompt, through the engine, around that position.
         profile=True, a field of Tuning, compiles the in-kernel timer in, which costs a little.
         """
@@ -176,7 +193,7 @@ class Bench:
         weights, room = RandomWeights(config, matrices), max(64, _END_TO_END_TOKENS)
         model = StepModel(weights, self.device, context + room, tuning=chosen)
         try:
-            ms = self._kernel_ms(model, context, columns, steps, runs)
+            ms = self._kernel_ms(model, context, columns, steps, runs, sampling)
             phases = phase_times(model, ms * 1e3) if chosen.profile else None
             rate = _end_to_end_rate(model, context) if end_to_end else None
         finally:
@@ -188,18 +205,21 @@ class Bench:
         return BenchResult(
             shape, quant, group, context, columns, ms, columns * 1e3 / ms, gigabytes, per_second,
             self.ceiling, 100 * per_second / self.ceiling, self.device.name, driver_version(),
-            commit(), stages, chosen.stage_bytes, chosen.in_flight_bytes, rate, phases,
+            commit(), stages, chosen.stage_bytes, chosen.in_flight_bytes, sampling, rate, phases,
         )  # fmt: skip
 
     def _kernel_ms(
-        self, model: StepModel, context: int, columns: int, steps: int, runs: int
+        self, model: StepModel, context: int, columns: int, steps: int, runs: int, sampling: str
     ) -> float:
         """Milliseconds of device time of one step, the median of the runs."""
         tokens = [CHAINED] if columns == 1 else list(range(columns))
+        drawn, extras = SAMPLINGS[sampling]
+        if extras.adjust:
+            model.note_tokens(noted_tokens(model.config.vocab_size, drawn, range(context)))
 
         def batch() -> None:
             for _ in range(steps):
-                model.step(tokens, context)
+                model.step(tokens, context, sampling=drawn, extras=extras)
 
         model.token(model.step(list(range(1, columns + 1)), context))
         batch()

@@ -1,6 +1,7 @@
-"""Memory and bandwidth of common cards, as their makers' datasheets state them.
+"""Memory and bandwidth of common cards, as their maker's datasheets state them.
 
-They serve ``minflash plan --gpu`` alone: what runs on a GPU asks the GPU itself.
+They serve ``minflash plan --gpu`` alone: what runs on a GPU asks the GPU itself. A bandwidth is the
+bus times its data rate; multiprocessors are CUDA cores by 128 (by 64 on the A100).
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ CARDS = {
         Card("a10", 24, 600, 86, 72),
         Card("a40", 48, 696, 86, 84),
         Card("a100-40gb", 40, 1555, 80, 108),
-        Card("a100-80gb", 80, 2039, 80, 108),
-        Card("h100-pcie", 80, 2000, 90, 114),
+        Card("a100-80gb-pcie", 80, 1935, 80, 108),
+        Card("a100-80gb-sxm", 80, 2039, 80, 108),
+        Card("h100-pcie", 80, 2000, 90, 114),  # "2 TB/s"
         Card("h100-sxm", 80, 3350, 90, 132),
         Card("h200-sxm", 141, 4800, 90, 132),
+        # An eighth of a DGX B200: "1,440 GB total, 64 TB/s". The number of
+        # multiprocessors is not from a datasheet; here it changes the workspace only.
         Card("b200", 180, 8000, 100, 148),
         Card("l4", 24, 300, 89, 58),
         Card("l40s", 48, 864, 89, 142),
@@ -57,7 +61,7 @@ CARDS = {
         Card("rtx-5090", 32, 1792, 120, 170),
         Card("rtx-a6000", 48, 768, 86, 84),
         Card("rtx-6000-ada", 48, 960, 89, 142),
-        Card("rtx-pro-6000", 96, 1792, 120, 188),
+        Card("rtx-pro-6000", 96, 1792, 120, 188),  # Workstation; Server is slower
     )
 }
 

@@ -1,7 +1,7 @@
-"""Choosing tokens on the host: for what a kernel does not do in its own tail.
+"""Choosing the tokens of one answer with its history: penalties, masks, log-probabilities.
 
-An engine gives a chooser the logits of every step. That is correct on all devices and slower on a
-GPU, which has to wait for the host before each step.
+The CPU engine gives a chooser the logits of every step. The step kernel does the same in its tail
+and tells the chooser what it took.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Constraint(Protocol):
         """Nothing but the end may follow."""
         ...
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """bool [vocab_size]"""
+    def bits(self) -> NDArray[np.uint32]:
+        """uint32 [vocab_size / 32, rounded up]: the lowest bit first, set for allowed tokens."""
         ...
 
     def accept(self, token: int) -> None: ...
@@ -47,35 +47,50 @@ class Chooser:
         logprobs: int | None = None,
     ) -> None:
         """sampling: seeded. ends: tokens that end the answer. logprobs: see ``Options``."""
-        self._sampling, self._prompt, self._ends = sampling, prompt, ends
-        self._constraint, self._logprobs = constraint, logprobs
-        self._answer: list[int] = []
+        self.sampling, self.prompt, self.ends = sampling, prompt, ends
+        self.constraint, self.asked = constraint, logprobs
+        self.answer: list[int] = []
         self.logprob: float | None = None  # of the token that was chosen last
         self.top_logprobs: TopLogprobs | None = None
 
     @property
     def finished(self) -> bool:
         """The grammar, if there is one, is complete."""
-        return self._constraint is not None and self._constraint.finished
+        return self.constraint is not None and self.constraint.finished
 
     def __call__(self, logits: NDArray[np.float32], position: int) -> int:
         """The token for place ``position`` of the sequence, from ``logits`` [vocab_size]."""
-        allowed = self._constraint.allowed() if self._constraint is not None else None
-        scores = adjusted(logits, self._sampling, self._prompt, self._answer, self._ends, allowed)
+        allowed = None
+        if self.constraint is not None:
+            bits = self.constraint.bits().view(np.uint8)
+            allowed = np.unpackbits(bits, bitorder="little", count=logits.size).astype(np.bool_)
+        scores = adjusted(logits, self.sampling, self.prompt, self.answer, self.ends, allowed)
         if np.isneginf(scores).all() and not np.isneginf(logits).all():
-            raise MinflashError(
-                f"no token is allowed at position {position}: the grammar and min_tokens or "
-                "logit_bias exclude each other; leave one of them out"
-            )
-        token = sample(scores, self._sampling, position)
-        self._answer.append(token)
-        if self._constraint is not None and token not in self._ends:
-            self._constraint.accept(token)
-        if self._logprobs is not None:
-            self._note(log_probabilities(np.asarray(logits, np.float32)), token, self._logprobs)
+            raise none_allowed(position)
+        token = sample(scores, self.sampling, position)
+        if self.asked is None:
+            self.took(token)
+        else:
+            self.took(token, *_logprobs(np.asarray(logits, np.float32), token, self.asked))
         return token
 
-    def _note(self, logprobs: NDArray[np.float32], token: int, n: int) -> None:
-        best = np.argsort(-logprobs, kind="stable")[:n]
-        self.logprob = float(logprobs[token])
-        self.top_logprobs = tuple((int(t), float(logprobs[t])) for t in best)
+    def took(
+        self, token: int, logprob: float | None = None, top_logprobs: TopLogprobs | None = None
+    ) -> None:
+        """Goes on with a token that was chosen, here or by the kernel."""
+        self.logprob, self.top_logprobs = logprob, top_logprobs
+        self.answer.append(token)
+        if self.constraint is not None and token not in self.ends:
+            self.constraint.accept(token)
+
+
+def none_allowed(position: int) -> MinflashError:
+    return MinflashError(
+        f"no token is allowed at position {position}: the grammar and min_tokens or "
+        "logit_bias exclude each other; leave one of them out"
+    )
+
+
+def _logprobs(logits: NDArray[np.float32], token: int, n: int) -> tuple[float, TopLogprobs]:
+    logprobs, best = log_probabilities(logits), np.argsort(-logits, kind="stable")[:n]
+    return float(logprobs[token]), tuple((int(t), float(logprobs[t])) for t in best)

@@ -18,12 +18,17 @@ import numpy as np
 from .config import ModelConfig
 from .errors import DeviceError
 from .packing import Layout
+from .prefill_layout import prefill_barriers, prefill_struct, prefill_token_bytes, prefill_tokens
 from .resources import resource_dir
+from .sampling import MAX_LOGPROBS
 from .tensors import expected_tensors
 from .tuning import ATTENTION_ROWS, MANY_COLUMNS, SharedMap, Tuning, chunk_tiles, shared_map
 
 KERNELS = ("step_one", "step_many")
+PREFILL = "prefill"  # the kernel that reads the front part of long prompts
 PHASES_PER_LAYER = 5
+TAIL_BARRIERS = 2  # of a step that ranks the vocabulary, beside the layers'
+TAIL_BYTES = 16408  # of struct Tail in cuda/ranking.cuh
 PROFILE_MARKS = 4  # of a phase, as in cuda/profile.cuh
 ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD = 1, 2, 3  # what was waited for in vain
 _ALIGN = 256  # bytes, of every tensor on the device
@@ -43,16 +48,22 @@ def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
         ("mailbox", "u64*"),  # host memory: ticket << 32 | token
         ("alarm", "u32*"),  # host memory [8]: kind, block, phase, expected, seen
         ("kv_layer_bytes", "u64"), ("watchdog_ns", "u64"), ("seed", "u64"),
-        ("top_p_exact", "double"),
+        ("top_p", "double"),
+        ("report", "u8*"),  # host memory: struct Report of cuda/sampler.cuh
         ("rope_turns", "u64", (head_dim // 2,)),  # one position's advance, in 2^-64 turns
-        ("rope_scale", "float"), ("temperature", "float"), ("top_p", "float"), ("min_p", "float"),
+        ("rope_scale", "float"), ("temperature", "float"), ("min_p", "float"),
+        ("repetition", "float"), ("presence", "float"), ("frequency", "float"),
         ("tokens", "int", (MANY_COLUMNS,)),  # -1: the token that the previous launch chose
         ("position", "int"),  # of tokens[0]
         ("n_columns", "int"), ("max_blocks", "int"),  # blocks of 16 positions in the cache
-        ("head", "int"), ("logits", "int"), ("greedy", "int"), ("top_k", "int"),
+        ("head", "int"), ("logits", "int"), ("greedy", "int"), ("filters", "int"),
+        ("top_k", "int"),
+        ("adjust", "int"), ("ban_ends", "int"), ("mask", "int"),  # steps a-d of sampling.py, e
+        ("logprobs", "int"),  # so many of the likeliest tokens; -1: no report
         ("barrier_base", "u32"),  # arrivals at the grid barrier before this launch
         ("first_phase", "u32"),  # the number of its first phase
         ("ticket", "u32"),
+        ("prefill_tokens", "int"),  # that the workspace has room for
     ]  # fmt: skip
     columns = [(f[0], _NUMPY_TYPES[f[1]], *f[2:]) for f in fields]
     metadata = {"c": [(f[1], f[0], f[2][0] if len(f) > 2 else 0) for f in fields]}
@@ -81,19 +92,45 @@ class WeightMap:
 class Program:
     """A model's kernels: what to compile and what a launch needs to know."""
 
-    source: str
+    source: str  # of the steps
+    prefill_source: str
     weights: WeightMap
     maps: Mapping[str, SharedMap]  # by kernel name
     tuning: Tuning
     args: np.dtype[np.void]
     workspace: Mapping[str, int]  # offsets in bytes; "total" is the size
-    barriers: int  # grid barriers of one launch
+    barriers: int  # grid barriers of one step of several columns; phases of any, less its head
+    prefill_barriers: int
+    prefill_tokens: int  # most of one launch; 0: none
+    tail_barriers: int = TAIL_BARRIERS  # more where a step ranks the vocabulary
+
+    def source_of(self, kernel: str) -> str:
+        return self.prefill_source if kernel == PREFILL else self.source
+
+    def barriers_of(self, kernel: str, *, ranks: bool = False) -> int:
+        """Grid barriers of one launch; a step for one token has none but its tail's."""
+        layers = {"step_one": 0, "step_many": self.barriers, PREFILL: self.prefill_barriers}
+        return layers[kernel] + self.tail_barriers * ranks
+
+    def launch_shape(self, kernel: str) -> tuple[int, int]:
+        """Threads and bytes of shared memory of a block."""
+        consumers = 32 * self.tuning.warps
+        if kernel == PREFILL:
+            return consumers, self.tuning.shared_bytes
+        return consumers + 32, self.maps[kernel].total_bytes
 
 
 def generate(
-    config: ModelConfig, matrices: Mapping[str, Layout], tuning: Tuning, *, kv_type: str = "bf16"
+    config: ModelConfig,
+    matrices: Mapping[str, Layout],
+    tuning: Tuning,
+    *,
+    kv_type: str = "bf16",
+    max_context: int | None = None,
 ) -> Program:
     """The program for a model. matrices: {name: Layout} as in a Checkpoint; kv_type: bf16 or fp16.
+
+    max_context: positions, when fewer than the model's: a shorter workspace, the same source.
 
     Raises DeviceError when the kernel cannot run this model, naming why.
     """
@@ -106,17 +143,25 @@ def generate(
         for name, columns in zip(KERNELS, (1, MANY_COLUMNS), strict=True)
     }
     args = step_args_dtype(config.head_dim)
-    workspace = _workspace(config, tuning)
+    per_token = prefill_token_bytes(config, layouts)
+    tokens = prefill_tokens(tuning, max_context or config.max_context)
+    workspace = _workspace(config, tuning, tokens * sum(per_token.values()))
     constants = "\n".join([
         "#pragma once", '#include "tensor.cuh"',
         _tuning_constants(tuning, maps), _model_constants(config, kv_type),
         _tensor_constants(config, layouts, weights, tuning), _args_struct(args),
         *(_map_struct(n, m) for n, m in zip(("MapOne", "MapMany"), maps.values(), strict=True)),
-        _workspace_struct(workspace),
+        _workspace_struct(workspace), prefill_struct(workspace["prefill"], per_token),
     ])  # fmt: skip
-    source = join_sources(resource_dir("cuda"), "step.cu", {"config.cuh": constants})
-    phases = PHASES_PER_LAYER * config.n_layers + 1  # the embedding is one
-    return Program(source, weights, maps, tuning, args, workspace, phases)
+    source, prefill_source = (
+        join_sources(resource_dir("cuda"), root, {"config.cuh": constants})
+        for root in ("step.cu", "prefill.cu")
+    )
+    # The embedding is a phase, too.
+    return Program(
+        source, prefill_source, weights, maps, tuning, args, workspace,
+        PHASES_PER_LAYER * config.n_layers + 1, prefill_barriers(config, layouts), tokens,
+    )  # fmt: skip
 
 
 def join_sources(folder: Path, root: str, generated: Mapping[str, str]) -> str:
@@ -189,10 +234,11 @@ def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
         f"constexpr int kWarps = {tuning.warps}, kConsumers = {32 * tuning.warps};",
         f"constexpr int kThreads = {32 * tuning.warps + 32}, kStageBytes = {tuning.stage_bytes};",
         f"constexpr int kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
-        f"constexpr int kGrid = {tuning.grid};",
+        f"constexpr int kGrid = {tuning.grid}, kSharedBytes = {tuning.shared_bytes};",
         f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",
         f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)};",
         f"constexpr bool kProfile = {_bool(tuning.profile)};",
+        f"constexpr int kTailBytes = {TAIL_BYTES}, kMostLogprobs = {MAX_LOGPROBS};",
         f"constexpr u32 kAlarmGridBarrier = {ALARM_GRID_BARRIER}, kAlarmRing = {ALARM_RING};",
         f"constexpr u32 kAlarmWord = {ALARM_WORD};",
     ])  # fmt: skip
@@ -271,6 +317,8 @@ _WORKSPACE_TYPES = {
     "candidates": "struct Candidate", "residual": "float", "squares": "float", "qkv": "float",
     "attended": "u16", "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
     "residual_words": "u64", "qkv_words": "u64", "attended_words": "u64", "hidden_words": "u64",
+    "tail": "ranking::Tail", "scores": "float", "listed": "ranking::Entry",
+    "ranked": "ranking::Entry", "noted": "uint2", "mask": "u32",
 }  # fmt: skip
 
 
@@ -280,24 +328,32 @@ def _max_teams(config: ModelConfig) -> int:
     return config.n_kv_heads * -(-group * MANY_COLUMNS // ATTENTION_ROWS)
 
 
-def _workspace(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
-    """Offsets of the workspace's parts. Words that blocks spin on have lines of their own."""
+def _workspace(config: ModelConfig, tuning: Tuning, prefill_bytes: int) -> dict[str, int]:
+    """Offsets of the workspace's parts. Words that blocks spin on have lines of their own.
+
+    What is before the residual must be zero at first, and after a step that was abandoned.
+    """
     qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     phases = PHASES_PER_LAYER * config.n_layers + 1
     sizes = {
         "barrier": 4, "abandoned": 4, "next_token": 4, "arrivals": 4 * (_max_teams(config) + 1),
-        "candidates": 8 * tuning.grid,
+        "candidates": 8 * tuning.grid, "tail": TAIL_BYTES,
         "residual": 4 * MANY_COLUMNS * config.dim, "squares": MANY_COLUMNS * config.dim // 2,
         "qkv": 4 * MANY_COLUMNS * qkv,
         "attended": 2 * MANY_COLUMNS * config.n_heads * config.head_dim,
         "hidden": 2 * MANY_COLUMNS * config.hidden_dim,
         "logits": 4 * MANY_COLUMNS * config.vocab_size,
+        # [vocab_size] each, read and written only where a step's options need them
+        "scores": 4 * config.vocab_size, "listed": 8 * config.vocab_size,
+        "ranked": 8 * config.vocab_size, "noted": 8 * config.vocab_size,
+        "mask": 4 * -(-config.vocab_size // 32),
         "partials": 4 * tuning.grid * ATTENTION_ROWS * (config.head_dim + 2),
         # The same vectors of one column, in words that carry the number of a phase.
         "residual_words": 8 * config.dim, "qkv_words": 8 * qkv,
         "attended_words": 4 * config.n_heads * config.head_dim,
         "hidden_words": 4 * config.hidden_dim,
         "profile": 8 * tuning.profile * tuning.grid * phases * PROFILE_MARKS,
+        "prefill": prefill_bytes,
     }  # fmt: skip
     offsets, end = {}, 0
     for name, nbytes in sizes.items():
@@ -313,6 +369,7 @@ def _workspace_struct(workspace: Mapping[str, int]) -> str:
         for name, c_type in _WORKSPACE_TYPES.items()
     ]
     head = [
+        "namespace ranking { struct Tail; struct Entry; }",
         "struct Workspace {",
         "  const StepArgs& args;",
         "  __device__ __forceinline__ explicit Workspace(const StepArgs& args) : args(args) {}",

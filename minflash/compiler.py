@@ -34,20 +34,20 @@ def architecture(compute_capability: int) -> str:
 
 
 def compile_all(
-    source: str, options: Mapping[str, Sequence[str]]
+    jobs: Mapping[str, tuple[str, Sequence[str]]],
 ) -> Mapping[str, Callable[[], bytes]]:
-    """Machine code of one source under several sets of options {name: options}.
+    """Machine code of several jobs {name: (source, options)}.
 
     Returns at once with a function for each name that waits for the code. What the cache lacks is
     compiled at the same time in processes of its own: NVRTC takes the threads of one by turns.
     The functions raise DeviceError when NVRTC is missing.
     """
-    missing = [name for name in options if load_cached(source, options[name]) is None]
+    missing = [name for name, job in jobs.items() if load_cached(*job) is None]
     pool = ThreadPoolExecutor(max(1, len(missing)), "minflash-compile")
     results: dict[str, Callable[[], bytes]] = {}
-    for name, chosen in options.items():
+    for name, (source, options) in jobs.items():
         run = compile_in_child if name in missing[:-1] else compiled  # the last one here
-        future: Future[bytes] = pool.submit(run, source, tuple(chosen))
+        future: Future[bytes] = pool.submit(run, source, tuple(options))
         results[name] = future.result
     pool.shutdown(wait=False)
     return results

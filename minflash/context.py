@@ -1,9 +1,16 @@
-"""How many tokens a context leaves for an answer."""
+"""How long a context may be, and how many tokens it leaves for an answer."""
 
 from __future__ import annotations
 
-from .arguments import DEFAULT_MAX_TOKENS
 from .errors import ContextError
+
+
+def check_own(asked: int | None, own: int, name: str = "max_context") -> None:
+    """Raises ContextError when ``asked`` is more than the model's own positions."""
+    if asked is not None and asked > own:
+        raise ContextError(
+            f"{name} is {asked}, but the model's own is {own} positions; ask for at most {own}"
+        )
 
 
 def room(prompt_tokens: int, asked: int | None, max_context: int) -> int:
@@ -11,6 +18,8 @@ def room(prompt_tokens: int, asked: int | None, max_context: int) -> int:
 
     asked: max_tokens, or None for the default, bounded by what there is.
     """
+    from .arguments import DEFAULT_MAX_TOKENS  # brings NumPy, before which BLAS must be told
+
     left = max_context - prompt_tokens
     if left < 1:
         raise ContextError(too_long(prompt_tokens, max_context))

@@ -1,9 +1,8 @@
 """The step kernel as an engine: prompts in chunks, then steps launched ahead of the reader.
 
 A generated token stays on the device and feeds the next launch; the host reads it from pinned
-memory while the following steps run already, so that the GPU never waits for Python. With options
-that the kernel's tail does not do (penalties, masks, log-probabilities) the host chooses from the
-logits, and each step waits for it.
+memory while the following steps run already, so that the GPU never waits for Python. Only with a
+grammar, whose mask depends on the token before, each step waits for the host.
 """
 
 from __future__ import annotations
@@ -16,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache_state import CacheLayout, CacheState
+from .choosing import Chooser, none_allowed
 from .codegen import generate
 from .errors import DeviceError, MinflashError
 from .gpu_memory import BLOCK_POSITIONS, cache_block_bytes
 from .kept import KeptTokens
-from .step_model import CHAINED, GREEDY, NO_TOKEN, StepModel
+from .reference import rms_norm
+from .step_model import CHAINED, StepModel
+from .tail import EXCLUDED, NO_TOKEN, PLAIN, Extras, noted_tokens
 from .tuning import MANY_COLUMNS, DeviceFacts, Tuning, choose
 from .upload import Upload
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 LARGEST_CARD = DeviceFacts(compute_capability=90, multiprocessors=132, shared_bytes=232448)
 AHEAD = 4  # steps launched before the token of the one before them is read
 QUEUED_CHUNKS = 8  # steps of a prompt that are launched before the host looks up
+LEAST_PREFILL = 24  # tokens before a prompt's last ones that are worth a launch of their own
 
 
 def model_problem(checkpoint: Checkpoint) -> str | None:
@@ -99,20 +102,27 @@ class CudaEngine:
     ) -> Generator[int, None, None]:
         cancelled = cancelled or (lambda: False)
         try:
-            if choose is not None:
+            if choose is not None and not isinstance(choose, Chooser):
                 yield from self._chosen(prompt, choose, count, cancelled)
+            elif choose is not None and choose.constraint is not None:
+                yield from self._masked(prompt, choose, count, cancelled)
             else:
-                yield from self._launched_ahead(prompt, sampling, count, cancelled)
+                yield from self._launched_ahead(prompt, sampling, choose, count, cancelled)
         except Exception:
             self._kept.cut(0)  # nobody knows what a step that failed has written
             raise
 
     def _launched_ahead(
-        self, prompt: Sequence[int], sampling: Sampling, count: int, cancelled: Cancelled
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        chooser: Chooser | None,
+        count: int,
+        cancelled: Cancelled,
     ) -> Iterator[int]:
         """The kernel chooses, and its token feeds the next step without the host."""
         model = self._open_model()
-        ticket = self._read_prompt(prompt, sampling, cancelled)
+        ticket = self._read_prompt(prompt, cancelled, **self._choice(sampling, chooser, 0))
         if ticket is None:
             return
         tickets = deque([ticket])
@@ -121,26 +131,38 @@ class CudaEngine:
             while launch < end and len(tickets) <= AHEAD:
                 # Steps that nobody asks for any more run to their end: what they leave in the
                 # cache is written again before it is read.
-                tickets.append(model.step([CHAINED], launch, sampling=sampling))
+                options = self._choice(sampling, chooser, launch + 1 - len(prompt))
+                tickets.append(model.step([CHAINED], launch, **options))
                 launch += 1
-            token = model.token(tickets.popleft())
-            if token == NO_TOKEN:
-                raise MinflashError(
-                    f"the model gave no finite logit (position {position}): its weights are "
-                    "damaged or overflow; check the checkpoint, or convert it again"
-                )
+            token = self._token(tickets.popleft(), chooser, position)
             if position < launch:
                 self._note([token], position + 1)
             yield token
             if cancelled():
                 return
 
+    def _masked(
+        self, prompt: Sequence[int], chooser: Chooser, count: int, cancelled: Cancelled
+    ) -> Iterator[int]:
+        """The kernel chooses within a mask that depends on the token before."""
+        options = self._choice(chooser.sampling, chooser, 0)
+        ticket, end = self._read_prompt(prompt, cancelled, **options), len(prompt) + count
+        for position in range(len(prompt), end):
+            if ticket is None:
+                return
+            token = self._token(ticket, chooser, position)
+            yield token
+            if position + 1 == end or cancelled():
+                return  # the last token is never read
+            options = self._choice(chooser.sampling, chooser, position + 1 - len(prompt))
+            ticket = self._step([token], position, **options)
+
     def _chosen(
         self, prompt: Sequence[int], choose: Choose, count: int, cancelled: Cancelled
     ) -> Iterator[int]:
-        """The host chooses: each step waits for it."""
+        """A function on the host chooses from the logits: each step waits for it."""
         model = self._open_model()
-        if self._read_prompt(prompt, None, cancelled) is None:
+        if self._read_prompt(prompt, cancelled, logits=True) is None:
             return
         end = len(prompt) + count
         for position in range(len(prompt), end):
@@ -149,6 +171,41 @@ class CudaEngine:
             if position + 1 == end or cancelled():
                 return  # the last token is never read
             self._step([token], position, logits=True)
+
+    def _choice(self, sampling: Sampling, chooser: Chooser | None, place: int) -> dict[str, Any]:
+        """Options of the step that chooses token ``place`` of the answer."""
+        if chooser is None:
+            return {"sampling": sampling, "extras": PLAIN}
+        sampling = chooser.sampling
+        if place == 0 and sampling.adjusts:
+            noted = noted_tokens(
+                self.config.vocab_size, sampling, chooser.prompt, chooser.answer, chooser.ends
+            )
+            self._open_model().note_tokens(noted)
+        extras = Extras(
+            adjust=sampling.adjusts,
+            ban_ends=place < sampling.min_tokens,
+            mask=None if chooser.constraint is None else chooser.constraint.bits(),
+            logprobs=chooser.asked,
+        )
+        return {"sampling": sampling, "extras": extras}
+
+    def _token(self, ticket: int, chooser: Chooser | None, position: int) -> int:
+        """Waits for a step's token; the chooser goes on with it."""
+        model = self._open_model()
+        token = model.token(ticket)
+        if token == EXCLUDED and chooser is not None:
+            raise none_allowed(position)
+        if token in (NO_TOKEN, EXCLUDED):
+            raise MinflashError(
+                f"the model gave no finite logit (position {position}): its weights are "
+                "damaged or overflow; check the checkpoint, or convert it again"
+            )
+        if chooser is not None and chooser.asked is not None:
+            chooser.took(token, *model.logprobs(ticket, chooser.asked))
+        elif chooser is not None:
+            chooser.took(token)
+        return token
 
     def logit_parts(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         for begin in range(0, len(tokens), MANY_COLUMNS):
@@ -165,10 +222,15 @@ class CudaEngine:
         return logits
 
     def hidden(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        raise DeviceError(
-            "embed is not on the GPU yet, as the kernel keeps no hidden states; load with "
-            'device="cpu"'
-        )
+        model = self._open_model()
+        residual = np.empty((len(tokens), self.config.dim), np.float32)
+        for begin in range(0, len(tokens), MANY_COLUMNS):
+            part = tokens[begin : begin + MANY_COLUMNS]
+            self._step(part, begin, length=len(tokens), head=False)
+            residual[begin : begin + len(part)] = model.read_residual(len(part))
+        weight = model.read_vector("final_norm")
+        hidden: NDArray[np.float32] = rms_norm(residual, weight, self.config.norm_eps)
+        return hidden
 
     def reset(self) -> None:
         self._kept.cut(0)
@@ -190,34 +252,56 @@ class CudaEngine:
             self._model.close()
             self._model = None
 
-    def _read_prompt(
-        self, prompt: Sequence[int], sampling: Sampling | None, cancelled: Cancelled
-    ) -> int | None:
+    def _read_prompt(self, prompt: Sequence[int], cancelled: Cancelled, **last: Any) -> int | None:
         """Launches the steps that read the prompt, from where the cache does not hold it.
 
-        Returns the ticket of its next token (without ``sampling``: its logits are kept), or None
-        when cancelled.
+        last: options of the last of them, which chooses a token. Returns its ticket, or None when
+        cancelled.
         """
-        ticket = 0
+        ticket, front = 0, self._front(prompt)
         # In the pieces of a fresh start, which costs no step more: asking the same prompt again
-        # then gives the same bits.
+        # then gives the same bits. Within the front any pieces give the same bits.
         self.reused = self._kept.shared(prompt) // MANY_COLUMNS * MANY_COLUMNS
-        for number, begin in enumerate(range(self.reused, len(prompt), MANY_COLUMNS), start=1):
+        rest = self._read_front(prompt, self.reused, front, cancelled)
+        if rest is None:
+            return None
+        for number, begin in enumerate(range(rest, len(prompt), MANY_COLUMNS), start=1):
             part = prompt[begin : begin + MANY_COLUMNS]
-            last = begin + len(part) == len(prompt)
-            ticket = self._step(
-                part,
-                begin,
-                length=len(prompt),
-                head=last,
-                logits=last and sampling is None,
-                sampling=(sampling if last else None) or GREEDY,
-            )
-            if number % QUEUED_CHUNKS == 0 and not last:
+            options = last if begin + len(part) == len(prompt) else {"head": False}
+            ticket = self._step(part, begin, length=len(prompt), **options)
+            if number % QUEUED_CHUNKS == 0 and options is not last:
                 self._open_model().wait()  # so that there is something to cancel
             if cancelled():
                 return None
         return ticket
+
+    def _front(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt are read without a head: all but the last 1 to 8, or none.
+
+        It depends on the prompt alone, and not on what the cache holds: see _read_prompt.
+        """
+        front = (len(prompt) - 1) // MANY_COLUMNS * MANY_COLUMNS
+        return front if front >= LEAST_PREFILL and self._open_model().prefill_tokens else 0
+
+    def _read_front(
+        self, prompt: Sequence[int], begin: int, front: int, cancelled: Cancelled
+    ) -> int | None:
+        """Reads ``prompt[begin:front]``, many tokens a launch.
+
+        Returns where the steps go on, or None when cancelled.
+        """
+        model = self._open_model()
+        while begin < front:
+            part = prompt[begin : min(front, begin + model.prefill_tokens)]
+            self._kept.cut(begin)
+            model.prefill(part, begin, length=len(prompt))
+            self._note(part, len(prompt))
+            begin += len(part)
+            if begin < front:
+                model.wait()  # so that there is something to cancel
+            if cancelled():
+                return None
+        return begin
 
     def _step(self, tokens: Sequence[int], position: int, **options: Any) -> int:
         """Launches a step, and keeps the books of what the cache holds."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .codegen import Program
+from .codegen import PREFILL, Program
 from .compiler import OPTIONS, architecture, compile_all
 from .errors import DeviceError
 from .probe import cuda_problem
@@ -61,9 +61,11 @@ class Kernels(Mapping[str, "Launch"]):
 
     def __init__(self, device: CudaDevice, program: Program) -> None:
         arch = architecture(device.facts.compute_capability)
-        options = {name: (*OPTIONS, arch, f"-DONLY_{name.upper()}") for name in program.maps}
         self._device, self._program = device, program
-        self._code = compile_all(program.source, options)
+        self._code = compile_all({
+            name: (program.source_of(name), (*OPTIONS, arch, f"-DONLY_{name.upper()}"))
+            for name in (*program.maps, PREFILL)
+        })  # fmt: skip
 
     def __getitem__(self, name: str) -> Launch:
         return self._device.launcher(self._code[name](), self._program, name)
@@ -169,14 +171,14 @@ class CudaDevice:
         """Loads a kernel; its module stays loaded as long as the function lives."""
         from cupy_backends.cuda.api import driver
 
-        shared_bytes = program.maps[name].total_bytes
+        threads, shared_bytes = program.launch_shape(name)
         with self._current():
             module = self._cupy.cuda.function.Module()
             module.load(code)
             kernel = module.get_function(name)
             driver.funcSetAttribute(kernel.ptr, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
             self.local_bytes[name] = driver.funcGetAttribute(_LOCAL_BYTES, kernel.ptr)
-        grid, threads = program.tuning.grid, 32 * (program.tuning.warps + 1)
+        grid = program.tuning.grid
         function, current, stream = kernel.ptr, self._current, self.stream.ptr
 
         def launch(args: NDArray[np.void], module: object = module) -> None:

@@ -57,7 +57,8 @@ class Engine(Protocol):
     ) -> Generator[int, None, None]:
         """Reads the prompt, then yields up to ``count`` chosen tokens. Closing it stops.
 
-        choose: chooses in place of ``sampling``, from the logits that it is given on the host.
+        choose: chooses in place of ``sampling``: a ``Chooser``, or a function that is given the
+        logits on the host, for which each step on a GPU waits.
         cancelled: asked between steps; ends the tokens early.
         """
         ...

@@ -33,7 +33,7 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def chooser(self, sampling: Sampling) -> Chooser | None:
-        """Chooses on the host, where an option needs it."""
+        """Chooses with the answer's history, where an option needs it."""
         if self.constraint is None and self.logprobs is None and not sampling.adjusts:
             return None
         return Chooser(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .codegen import Program
 from .config import ModelConfig
+from .context import check_own
 from .errors import ContextError, DeviceError
 from .notice import say_once
 
@@ -47,11 +48,7 @@ def gpu_context(config: ModelConfig, program: Program, free_bytes: int, asked: i
 
     Raises ContextError when ``asked`` is too much, DeviceError when the weights do not fit.
     """
-    if asked is not None and asked > config.max_context:
-        raise ContextError(
-            f"max_context is {asked}, but the model's own is {config.max_context} positions; "
-            f"ask for at most {config.max_context}"
-        )
+    check_own(asked, config.max_context)
     fixed = fixed_bytes(program)
     room = positions_that_fit(config, fixed, free_bytes)
     wanted = asked or config.max_context

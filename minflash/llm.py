@@ -194,7 +194,7 @@ class LLM:
         """float32 [dim] of one text, [n, dim] of several, each of length 1.
 
         From what enters the output head, over all tokens (``pooling="mean"``) or of the last one.
-        A model that was not trained for embeddings gives rough ones. Only on the CPU so far.
+        A model that was not trained for embeddings gives rough ones.
         """
         import numpy as np
 

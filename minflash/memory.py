@@ -8,6 +8,7 @@ import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .context import check_own
 from .errors import ContextError, DeviceError
 from .notice import say_once
 
@@ -25,11 +26,7 @@ def cpu_context(checkpoint: Checkpoint, asked: int | None) -> int:
     Raises ContextError when ``asked`` is too much, DeviceError when the weights do not fit.
     """
     config = checkpoint.config
-    if asked is not None and asked > config.max_context:
-        raise ContextError(
-            f"max_context is {asked}, but the model's own is {config.max_context} positions; "
-            f"ask for at most {config.max_context}"
-        )
+    check_own(asked, config.max_context)
     weight_bytes = sum(4 * layout.rows * layout.cols for layout in checkpoint.matrices.values())
     position_bytes = 4 * 2 * config.n_layers * config.n_kv_heads * config.head_dim  # K, V: float32
     free_bytes = free_memory_bytes()

@@ -15,9 +15,10 @@ from typing import Any
 from .cards import Card, find_card
 from .codegen import Program, generate
 from .config import ModelConfig
+from .context import check_own
 from .convert_types import Wanted, choose
 from .cuda_engine import LARGEST_CARD
-from .errors import ArgumentError, CheckpointError, ConfigError, ContextError
+from .errors import ArgumentError, CheckpointError, ConfigError
 from .gpu_memory import cache_bytes, fixed_bytes, positions_that_fit
 from .packing import Layout
 from .safetensors_file import read_json
@@ -85,11 +86,7 @@ def plan(model: Described, room: Room, context: int | None = None) -> Plan:
     from .bench import step_bytes
 
     config, own = model.config, model.config.max_context
-    if context is not None and context > own:
-        raise ContextError(
-            f"the context is {context}, but the model's own is {own} positions; ask for at most "
-            f"{own}"
-        )
+    check_own(context, own, "the context")
     program = _program(model, room.facts)
     fixed = fixed_bytes(program)
     largest = None

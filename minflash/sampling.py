@@ -55,6 +55,7 @@ from .errors import ArgumentError, MinflashError
 
 GREEDY_BELOW = 1e-4  # temperatures below this choose the largest logit
 SEED_BITS = 64
+MAX_LOGPROBS = 100  # of the likeliest tokens, beside the chosen one's
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -105,6 +106,11 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def filters(self) -> bool:
+        """Whether a draw is not from all tokens."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     def seeded(self) -> Sampling:
         """The same with a seed: its own, or a fresh one of 64 bits from the operating system."""

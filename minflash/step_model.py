@@ -5,24 +5,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import rope
-from .codegen import ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD, PROFILE_MARKS, generate
+from .codegen import ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD, PREFILL, PROFILE_MARKS, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
 from .gpu_memory import cache_block_bytes, cache_blocks, cache_bytes, gpu_context
 from .packing import Layout
 from .sampling import Sampling
+from .tail import PLAIN, REPORT, Extras, read_report
+from .tensors import expected_tensors
 from .tuning import MANY_COLUMNS, Tuning, choose
+
+if TYPE_CHECKING:
+    from .choosing import TopLogprobs
 
 CHAINED = -1  # the token that the launch before chose
 _LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of RoPE, see rope.frequencies
-NO_TOKEN = 0xFFFFFFFF  # what a step chooses when no logit is finite
 GREEDY = Sampling()
 _MAILBOX_SLOTS = 64
 _WATCHDOG_NS = 500_000_000
@@ -69,7 +73,9 @@ class StepModel:
             kv_type = "bf16" if checkpoint.matrices["layers.0.wqkv"].type == "bf16" else "fp16"
         self.kv_type = kv_type
         tuning = tuning or choose(config, checkpoint.matrices, device.facts)
-        self.program = generate(config, checkpoint.matrices, tuning, kv_type=kv_type)
+        self.program = generate(
+            config, checkpoint.matrices, tuning, kv_type=kv_type, max_context=max_context
+        )
         self.max_context = gpu_context(config, self.program, device.free_bytes(), max_context)
         try:
             kernels = device.build(self.program)  # compiles while the weights are uploaded
@@ -100,9 +106,12 @@ class StepModel:
         mailbox, self._mailbox_address = device.pinned(8 * _MAILBOX_SLOTS)
         alarm, alarm_address = device.pinned(32)
         self._mailbox, self._alarm = mailbox.view(np.uint64), alarm.view(np.uint32)
+        reports, self._reports_address = device.pinned(REPORT.itemsize * _MAILBOX_SLOTS)
+        self._reports = reports.view(REPORT)
         args["alarm"], args["watchdog_ns"] = alarm_address, watchdog_ns
         args["kv_layer_bytes"] = kv_bytes // self.config.n_layers
         args["max_blocks"] = cache_blocks(self.max_context)
+        args["prefill_tokens"] = self.program.prefill_tokens
 
     def step(
         self,
@@ -113,43 +122,75 @@ class StepModel:
         head: bool = True,
         logits: bool = False,
         sampling: Sampling = GREEDY,
+        extras: Extras = PLAIN,
     ) -> int:
         """Launches one step and returns its ticket; does not wait.
 
         tokens: 1 to 8 token ids at ``position`` and after it, or [CHAINED]. length: of the sequence
         that RoPE is for (default: up to the last token). head: compute logits and choose a token.
-        logits: keep the logits of all columns. Raises ContextError past the end of the cache.
+        logits: keep the logits of all columns. extras: of choosing the token.
+        Raises ContextError past the end of the cache.
         """
         n = len(tokens)
         if not 1 <= n <= MANY_COLUMNS:
             raise AssertionError(f"a step takes 1 to {MANY_COLUMNS} tokens, not {n}")
+        self._begin(position, n, length)
+        self._ticket = (self._ticket + 1) & 0xFFFFFFFF
+        args = self._args
+        args["tokens"][:n] = tokens
+        args["head"], args["logits"] = head, logits
+        self._set_sampling(sampling)
+        self._set_extras(extras)
+        slot = self._ticket % _MAILBOX_SLOTS
+        args["ticket"], args["mailbox"] = self._ticket, self._mailbox_address + 8 * slot
+        args["report"] = self._reports_address + REPORT.itemsize * slot
+        ranks = head and (sampling.filters or extras.logprobs is not None)
+        self._run("step_one" if n == 1 else "step_many", ranks=ranks)
+        return self._ticket
+
+    def prefill(self, tokens: Sequence[int], position: int, *, length: int | None = None) -> None:
+        """Launches one read of many tokens, which fills the cache only; does not wait.
+
+        tokens: 1 to ``prefill_tokens`` ids at ``position`` and after it; length: as for a step.
+        Raises ContextError past the end of the cache.
+        """
+        n, most = len(tokens), self.prefill_tokens
+        if not 1 <= n <= most:
+            raise AssertionError(f"one launch reads 1 to {most} tokens of a prompt, not {n}")
+        self._begin(position, n, length)
+        place = self._workspace + self.program.workspace["prefill"]
+        self.device.upload(place, np.array(tokens, np.int32))
+        self._run(PREFILL)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Most tokens of one ``prefill``; 0: there is none."""
+        return self.program.prefill_tokens
+
+    def _begin(self, position: int, n: int, length: int | None) -> None:
+        """The arguments of all launches for ``n`` tokens at ``position``."""
         if position + n > self.max_context:
             raise ContextError(
                 f"position {position + n - 1} is past the context of {self.max_context} positions"
             )
         self._set_rope(length or position + n)
-        self._ticket = (self._ticket + 1) & 0xFFFFFFFF
-        args = self._args
-        args["tokens"][:n] = tokens
-        args["position"], args["n_columns"] = position, n
-        args["head"], args["logits"] = head, logits
-        self._set_sampling(sampling)
-        args["ticket"] = self._ticket
-        args["mailbox"] = self._mailbox_address + 8 * (self._ticket % _MAILBOX_SLOTS)
+        self._args["position"], self._args["n_columns"] = position, n
+
+    def _run(self, kernel: str, *, ranks: bool = False) -> None:
+        """Launches a kernel, and counts its phases and its arrivals at the grid barrier."""
         if self._launching:  # an interrupt left open whether the last launch happened
             self._reset_barrier()
-        args["barrier_base"] = self._arrivals & 0xFFFFFFFF
-        args["first_phase"] = self._phases & 0xFFFFFFFF
+        self._args["barrier_base"] = self._arrivals & 0xFFFFFFFF
+        self._args["first_phase"] = self._phases & 0xFFFFFFFF
         self._phases += self.program.barriers + 1  # the head is a phase, too
         self._launching = True
-        self._launch["step_one" if n == 1 else "step_many"](args)
-        if n > 1:
-            self._arrivals += self.program.barriers * self.program.tuning.grid
+        self._launch[kernel](self._args)
+        barriers = self.program.barriers_of(kernel, ranks=ranks)
+        self._arrivals += barriers * self.program.tuning.grid
         self._launching = False
-        return self._ticket
 
     def token(self, ticket: int) -> int:
-        """Waits for the token that the step ``ticket`` chose; NO_TOKEN when no logit was finite.
+        """Waits for the token that the step ``ticket`` chose, or NO_TOKEN or EXCLUDED of tail.py.
 
         Raises DeviceError when a wait in the step timed out.
         """
@@ -167,6 +208,21 @@ class StepModel:
                 if int(mailbox[slot]) >> 32 != ticket and not alarm[0]:
                     raise DeviceError(f"step {ticket} ended without a token; load the model again")
         return int(mailbox[slot]) & 0xFFFFFFFF
+
+    def logprobs(self, ticket: int, n: int) -> tuple[float, TopLogprobs]:
+        """The chosen token's log-probability and those of the n likeliest.
+
+        Of a step with ``Extras.logprobs``, after its ``token`` and before 64 more steps.
+        """
+        report = self._reports[ticket % _MAILBOX_SLOTS]
+        return read_report(report, min(n, self.config.vocab_size))
+
+    def note_tokens(self, noted: NDArray[np.uint32]) -> None:
+        """What ``Extras.adjust`` goes by from the next step on: see ``tail.noted_tokens``.
+
+        The kernel counts the tokens that such steps choose.
+        """
+        self.device.upload(self._workspace + self.program.workspace["noted"], noted)
 
     def wait(self) -> None:
         """Waits for all steps. Raises DeviceError when a wait in one timed out."""
@@ -186,6 +242,24 @@ class StepModel:
             into = np.empty((n_columns, self.config.vocab_size), np.float32)
         self.device.download(self._workspace + self.program.workspace["logits"], into)
         return into
+
+    def read_residual(self, n_columns: int) -> NDArray[np.float32]:
+        """What the last layer of the last step gave: float32 [n_columns, dim]; waits."""
+        self.wait()
+        workspace, dim = self.program.workspace, self.config.dim
+        if n_columns == 1:
+            words = np.empty((1, dim), np.uint64)  # the value lies below the number of its phase
+            self.device.download(self._workspace + workspace["residual_words"], words)
+            return words.astype(np.uint32).view(np.float32)
+        residual = np.empty((n_columns, dim), np.float32)
+        self.device.download(self._workspace + workspace["residual"], residual)
+        return residual
+
+    def read_vector(self, name: str) -> NDArray[np.float32]:
+        """A vector of the weights, such as final_norm: float32 [its length]; waits."""
+        vector = np.empty(expected_tensors(self.config)[name], np.float32)
+        self.device.download(self._weights + self.program.weights.offsets[name], vector)
+        return vector
 
     def read_profile(self) -> NDArray[np.uint64]:
         """The marks of the last step, uint64 [blocks, phases, marks] in ticks; waits for it.
@@ -232,7 +306,7 @@ class StepModel:
             self.device.synchronize()
         finally:
             self._launch.clear()  # lets go of the compiled kernels
-            self._mailbox = self._alarm = np.zeros(0, np.uint64)
+            self._mailbox = self._alarm = self._reports = np.zeros(0, np.uint64)
             self.device.release()
 
     def _set_rope(self, length: int) -> None:
@@ -251,8 +325,19 @@ class StepModel:
         args = self._args
         args["greedy"], args["seed"] = sampling.greedy, sampling.seed or 0
         args["temperature"] = sampling.temperature
-        args["top_k"], args["min_p"] = sampling.top_k, sampling.min_p
-        args["top_p"] = args["top_p_exact"] = sampling.top_p
+        args["filters"], args["top_k"] = sampling.filters, sampling.top_k
+        args["top_p"], args["min_p"] = sampling.top_p, sampling.min_p
+        args["repetition"] = sampling.repetition_penalty
+        args["presence"] = sampling.presence_penalty
+        args["frequency"] = sampling.frequency_penalty
+
+    def _set_extras(self, extras: Extras) -> None:
+        args = self._args
+        args["adjust"], args["ban_ends"] = extras.adjust, extras.ban_ends
+        args["logprobs"] = -1 if extras.logprobs is None else extras.logprobs
+        args["mask"] = extras.mask is not None
+        if extras.mask is not None:
+            self.device.upload(self._workspace + self.program.workspace["mask"], extras.mask)
 
     def _reset_barrier(self) -> None:
         """Waits for all launches and sets what blocks count arrivals with back to zero."""

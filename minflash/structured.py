@@ -127,11 +127,14 @@ class GrammarConstraint:
         """Nothing may follow but the end."""
         return bool(self._matcher.is_stopped())
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """bool [vocab_size]: the tokens that may come next, the end among them."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+    def bits(self) -> NDArray[np.uint32]:
+        """uint32 [vocab_size / 32, rounded up]: the tokens that may come next, the end among them.
+
+        The lowest bit is the first token's.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         self._check()
-        return np.unpackbits(bits, bitorder="little", count=self._vocab_size).astype(np.bool_)
+        return bits[: -(-self._vocab_size // 32)]
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)

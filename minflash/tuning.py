@@ -19,7 +19,7 @@ MANY_COLUMNS = 8  # tokens of one step of the kernel that reads prompts: the wid
 ATTENTION_ROWS = 8  # query rows of one unit of attention, as in cuda/attention.cuh
 _RING_BYTES_PER_STAGE = 16  # two mbarriers
 _REDUCE_BYTES = 256
-_SELECT_BYTES = 2048 * 8 + 64
+_RANKING_BYTES = 1024 * 16 + 64  # the bins of cuda/ranking.cuh
 _FEW_ROW_BLOCKS = 3  # of one block of the grid
 _LEAST_WINDOW = 2  # row blocks whose partial sums are kept
 _PANEL_STEP = 128  # columns: a multiple of every tile's width
@@ -49,6 +49,7 @@ class Tuning:
     shared_bytes: int = 232448
     max_splits: int = 64  # of the past, per KV head
     split_blocks: int = 8  # least blocks of 16 positions of a split
+    prefill_tokens: int = 512  # most tokens of a prompt that one launch reads; 0: only steps do
     profile: bool = False  # compile the in-kernel timer in
 
 
@@ -151,7 +152,7 @@ def _with_stages(
     turns_bytes = 4 * config.head_dim if columns == 1 else 0
     room = (tuning.shared_bytes - scratch - _REDUCE_BYTES - turns_bytes) // 128 * 128
     slots = _attention_slots(config, tuning, columns, room)
-    if slots is None or room < _SELECT_BYTES:
+    if slots is None or room < _RANKING_BYTES:
         return None
     widest = _round_up(max(layout.cols for layout in layouts.values()), _PANEL_STEP)
     sums = _sums_of_step(layouts)

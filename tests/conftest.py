@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from minflash.blas import prepare_blas
+
+if TYPE_CHECKING:
+    import openai
+    from web_server import Server
+
+    import minflash
 
 prepare_blas()  # before a test imports NumPy
 
@@ -25,6 +34,41 @@ def converted(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
 
     out = tmp_path_factory.mktemp("converted") / "small"
     return minflash.convert(source, out, progress=False)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[minflash.LLM]:
+    """The tiny model of weights/, which has a tokenizer and a chat template."""
+    import minflash
+    from minflash.resources import resource_dir
+
+    with minflash.load(resource_dir("weights") / "tiny", device="cpu") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def server(llm: minflash.LLM) -> Iterator[Server]:
+    from web_server import running
+
+    with running(llm) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    from web_server import connect
+
+    with connect(server) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """The command line keeps the logger for its own process; the next test must not find that."""
+    logger = logging.getLogger("minflash")
+    handlers, propagate = logger.handlers[:], logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
 
 
 @cache

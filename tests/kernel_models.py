@@ -12,7 +12,7 @@ import numpy as np
 from emulator import EmulatedModule, Order
 from numpy.typing import NDArray
 
-from minflash.codegen import Program
+from minflash.codegen import PREFILL, Program
 from minflash.config import ModelConfig, RopeConfig
 from minflash.device import CudaDevice, Device
 from minflash.numeric import bf16_to_fp32, fp32_to_bf16
@@ -97,6 +97,17 @@ class RandomModel:
         device.upload(address, self.raw(name))
 
 
+def crowded_model(vocab_size: int = 331) -> RandomModel:
+    """Logits that are nearly equal, but for a few of the tokens 3 to 8 above and below them."""
+    config = model_config(dim=64, hidden_dim=32, n_layers=1, tied=False, vocab_size=vocab_size)
+    model, rng = RandomModel(config, "bf16"), np.random.default_rng(2)
+    head = 0.5 * rng.standard_normal(64) * (1 + 0.002 * rng.standard_normal((vocab_size, 64)))
+    head[3:5] *= [[1.2], [0.8]]
+    head[5:7], head[7:9] = 1.1 * head[0], 0.9 * head[0]  # pairs of equals
+    model.put("lm_head", quantize(head.astype(np.float32), "bf16"))
+    return model
+
+
 # Devices
 
 
@@ -161,22 +172,22 @@ class EmulatedDevice:
         return self._new(nbytes, 0)
 
     def build(self, program: Program) -> Mapping[str, Launch]:
-        module = compiled(self.edit(program.source))
+        compiled(self.edit(program.source))
 
         def launcher(name: str) -> Launch:
             def launch(args: NDArray[np.void]) -> None:
                 self.before_launch(args)
                 self.launches.append(name)
-                threads, shared = 32 * (program.tuning.warps + 1), program.maps[name].total_bytes
+                threads, shared = program.launch_shape(name)
                 assert shared <= self.facts.shared_bytes
-                module.launch(
+                compiled(self.edit(program.source_of(name))).launch(
                     name, program.tuning.grid, threads, shared, args,
                     order=self.order, seed=self.seed, timeout_s=self.timeout_s,
                 )  # fmt: skip
 
             return launch
 
-        return {name: launcher(name) for name in module.kernels}
+        return {name: launcher(name) for name in (*program.maps, PREFILL)}
 
     def synchronize(self) -> None: ...
 
@@ -267,6 +278,13 @@ def tuning(model: RandomModel, run: Run, facts: DeviceFacts) -> Any:
         return choose(model.config, model.matrices, facts)
     small = {"stages": 8, "stage_bytes": 64 * model.config.head_dim, "in_flight_bytes": 12288}
     return choose(model.config, model.matrices, facts, **small, split_blocks=2)
+
+
+def without_last_block(step: StepModel) -> dict[str, Launch]:
+    """The kernels of an open model, launched with one block fewer than they count on."""
+    tuning = step.program.tuning
+    short = replace(step.program, tuning=replace(tuning, grid=tuning.grid - 1))
+    return dict(step.device.build(short))
 
 
 def emulated(

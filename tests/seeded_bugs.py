@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from emulator import ORDERS, SANITIZER_EXIT_CODE, EmulatorError, run_sanitized
@@ -21,6 +22,7 @@ from kernel_models import (
     Run,
     both_references,
     bound,
+    crowded_model,
     default_kv_type,
     feed,
     fill_cache,
@@ -30,7 +32,9 @@ from kernel_models import (
 
 from minflash.codegen import generate
 from minflash.errors import DeviceError
-from minflash.sampling import Sampling, sample
+from minflash.sampling import Sampling, adjusted, log_probabilities, sample
+from minflash.step_model import StepModel
+from minflash.tail import PLAIN, Extras, noted_tokens
 from minflash.tuning import DeviceFacts, choose
 
 
@@ -43,6 +47,7 @@ class Bug:
     text: str = ""
     index: int = 0
     barriers_per_layer: int = 0  # fewer than in the right source
+    barriers_of_tail: int = 0  # likewise
     odd_ring: bool = False  # stages are no multiple of the warps
 
     def edit(self, source: str) -> str:
@@ -62,7 +67,7 @@ BUGS = (
     Bug("the ring: consumers do not wait for copies", r"wait_parity\(&ring\.full\[stage\][^;]*;"),
     Bug("the ring: the parity never flips", r"stage -= Map::kStages; parity \^= 1;", "stage -= Map::kStages;"),
     Bug("the ring: released before it is read", r"(use\(int\(next - begin\)[^;]*;)([^}]*?)(if \(threadIdx\.x % 32 == 0\) mbarrier_arrive\(&ring\.empty\[stage\]\);)", r"\3\1\2"),
-    Bug("the ring: a warp may be two phases ahead", r"static_assert\(Map::kStages % kWarps[\s\S]*?;", "", 0, 0, True),
+    Bug("the ring: a warp may be two phases ahead", r"static_assert\(Map::kStages % kWarps[\s\S]*?;", odd_ring=True),
     Bug("attention: the fresh positions are attended to by every split", r"threadIdx\.x < 32 && u\.split == plan\.splits - 1", "threadIdx.x < 32"),
     Bug("attention: a position too many", r"return position < plan\.position &&", "return position <= plan.position &&"),
     Bug("attention: the window is one too wide", r"position > plan\.position \+ column_of\((\w+)\) - window", r"position >= plan.position + column_of(\1) - window"),
@@ -70,6 +75,15 @@ BUGS = (
     Bug("attention: arrivals are not reset", r"if \(\*last\) arrivals\[team\] = 0;"),
     Bug("sampling: arrivals are not reset", r"if \(\*last\) \*arrivals = 0;"),
     Bug("sampling: noise of the position before", r"args\.position \+ args\.n_columns\)", "args.position + args.n_columns - 1)"),
+    Bug("sampling: the tail is not emptied", r"(i < kTailBytes / 4; i \+= kConsumers\)) words\[i\] = 0;", r"\1;"),
+    Bug("sampling: the chosen token is not counted", r"if \(args\.adjust && chosen\) [^;]*;"),
+    Bug("sampling: scores of a bin too many are kept", r"if \(bin < bounds\.first\)", "if (bin <= bounds.first)"),
+    Bug("sampling: the last bin is not listed", r"else if \(bin <= bounds\.last\)", "else if (bin < bounds.last)"),
+    Bug("sampling: ranks count from the top of the vocabulary", r"bounds\.rank -= scores", "bounds.rank -= 0"),
+    Bug("sampling: top_p is of all scores", r"bounds\.rank \? bounds\.weight \+ total : bounds\.total", "bounds.total"),
+    Bug("sampling: min_p is not asked at the edge", r"if \(least_key\(\) > least\) least = least_key\(\);"),
+    Bug("log-probabilities: too few logits are listed", r"bin_of\(top_logit, logit\) <= bounds\.ranked", "bin_of(top_logit, logit) < bounds.ranked"),
+    Bug("log-probabilities: of equal logits the last comes first", r"list\[j\]\.token < mine\.token", "list[j].token > mine.token"),
     Bug("int4: the high nibbles count 16-fold", r"high_row \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
     Bug("the bias of int8's zero is forgotten", r"t0 = -128\.0f \* s0, t1 = -128\.0f \* s1", "t0 = 0, t1 = 0"),
     Bug("the residual is stored, not added", r"red_add\((work\.residual\(\)[^,]*), ([^;]*)\);", r"*(\1) = \2;"),
@@ -104,6 +118,7 @@ def models() -> list[RandomModel]:
         RandomModel(first, "int4", 64, ("int8", 64)),
         RandomModel(second, "int8", 32, ("bf16", 0)),
         RandomModel(third, "bf16"),
+        crowded_model(),
     ]
 
 
@@ -111,7 +126,9 @@ def source() -> str:
     """The source of the first of the models."""
     model = models()[0]
     return generate(
-        model.config, model.matrices, choose(model.config, DeviceFacts(90, 7, 232448))
+        model.config,
+        model.matrices,
+        choose(model.config, model.matrices, DeviceFacts(90, 7, 232448)),
     ).source
 
 
@@ -124,24 +141,25 @@ def dropped() -> Iterator[Bug]:
             comment = match[0].partition("//")[2].strip()
             before = re.split(r"[;{}]\s*", text[: match.start()].rstrip(" {;}\n"))[-1].strip()
             where = comment or "after " + " ".join(before.split())[:50]
-            yield Bug(f"dropped {kind}: {file}: {where}", pattern, "", index, int(kind[0] == "g"))
+            of_tail, grid = file == "sampler.cuh", kind == "grid barrier"
+            fewer = int(grid and not of_tail), int(grid and of_tail)
+            yield Bug(f"dropped {kind}: {file}: {where}", pattern, "", index, *fewer)
 
 
 def symptom(bug: Bug | None, *, timeout_s: float = 2) -> str | None:
     """How the bug shows, or None. Wrong values are sought in all orders of warps and copies."""
     signal.signal(signal.SIGALRM, _give_up)
-    signal.alarm(90)
+    signal.alarm(150)
     try:
-        for model in models():
-            for grid in (7, 1):
-                for seed, order in enumerate(ORDERS):
-                    run = Run(grid, order, seed, timeout_s=timeout_s)
-                    if bug:
-                        run = replace(run, edit=bug.edit)
-                    if bug and bug.odd_ring:
-                        run = replace(run, small=False, shared_bytes=232448)
-                    if found := wrong_value(model, run, bug.barriers_per_layer if bug else 0):
-                        return f"{found} ({grid} blocks, {order})"
+        for grid, (seed, order) in product((7, 1), enumerate(ORDERS)):
+            for model in models():
+                run = Run(grid, order, seed, timeout_s=timeout_s)
+                if bug:
+                    run = replace(run, edit=bug.edit)
+                if bug and bug.odd_ring:
+                    run = replace(run, small=False, shared_bytes=232448)
+                if found := wrong_value(model, run, bug):
+                    return f"{found} ({grid} blocks, {order})"
     except EmulatorError as error:
         text = str(error)
         compiled = "static assertion" in text or "error:" in text
@@ -161,12 +179,16 @@ def _give_up(*_: object) -> None:
     raise TimeoutError
 
 
-def wrong_value(model: RandomModel, run: Run, fewer_barriers: int) -> str | None:
+def wrong_value(model: RandomModel, run: Run, bug: Bug | None) -> str | None:
     """What is wrong in a series of steps: from the start, after a long past, sampling."""
     machine = Machine("emulated")
     step = machine.open(model, run)
+    fewer, fewer_of_tail = (bug.barriers_per_layer, bug.barriers_of_tail) if bug else (0, 0)
+    program = step.program
     step.program = replace(
-        step.program, barriers=step.program.barriers - fewer_barriers * model.config.n_layers
+        program,
+        barriers=program.barriers - fewer * model.config.n_layers,
+        tail_barriers=program.tail_barriers - fewer_of_tail,
     )
     pair = both_references(model)
     for length in (0, 150):
@@ -183,7 +205,37 @@ def wrong_value(model: RandomModel, run: Run, fewer_barriers: int) -> str | None
         ticket = step.step([6], position, logits=True, sampling=sampling)
         if step.token(ticket) != sample(step.read_logits(1)[0], sampling, position + 1):
             return "sampled token"
+    found = wrong_tail(step)
     machine.close()
+    return found
+
+
+def wrong_tail(step: StepModel) -> str | None:
+    """What is wrong in a series of steps with penalties and log-probabilities."""
+    vocab_size, answer = step.config.vocab_size, list[int]()
+    for position, drawn in enumerate(SAMPLINGS, 183):
+        sampling = replace(drawn, frequency_penalty=3.0)
+        if not answer:
+            step.note_tokens(noted_tokens(vocab_size, sampling, [6]))
+        extras = Extras(adjust=True, logprobs=20)
+        ticket = step.step([6], position, logits=True, sampling=sampling, extras=extras)
+        logits, token = step.read_logits(1)[0], step.token(ticket)
+        if token != sample(adjusted(logits, sampling, [6], answer), sampling, position + 1):
+            return "penalised token"
+        answer.append(token)
+        logprob, likeliest = step.logprobs(ticket, 20)
+        if [t for t, _ in likeliest] != np.argsort(-logits, kind="stable")[:20].tolist():
+            return "likeliest tokens"
+        if not abs(logprob - log_probabilities(logits)[token]) < 1e-5:
+            return "log-probability"
+    middle = float(np.exp(np.median(logits) - logits.max()))
+    for seed in range(4):
+        for edge in ({"top_k": 5}, {"top_k": vocab_size * 3 // 4, "min_p": middle}, {"top_p": 0.4}):
+            sampling = Sampling(1.0, seed=seed, **edge)  # type: ignore[arg-type]
+            if step.token(step.step([6], position, sampling=sampling)) != sample(
+                logits, sampling, position + 1
+            ):
+                return "sampled token"
     return None
 
 
@@ -199,12 +251,14 @@ def sanitized(index: int) -> None:
     for order in ORDERS:
         machine = Machine("emulated")
         step = machine.open(model, Run(7, order, edit=bug.edit))
+        step.note_tokens(noted_tokens(model.config.vocab_size, Sampling(), [6]))
         for length in (0, 160):
             fill_cache(step, (), length, default_kv_type(model))
             feed(step, random_tokens(model.config, 8), (8,), length)
             feed(step, [3], (1,), length)
             for sampling in SAMPLINGS:
-                step.token(step.step([6], length, sampling=sampling))
+                for extras in (PLAIN, Extras(adjust=True, logprobs=20)):
+                    step.token(step.step([6], length, sampling=sampling, extras=extras))
 
 
 def main() -> None:

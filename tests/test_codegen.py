@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import emulator
@@ -13,7 +14,7 @@ import pytest
 from emulator import EmulatedModule, EmulatorError
 from kernel_models import RandomModel, model_config
 
-from minflash.codegen import Program, generate, join_sources
+from minflash.codegen import PREFILL, Program, generate, join_sources
 from minflash.errors import DeviceError
 from minflash.resources import resource_dir
 from minflash.tuning import DeviceFacts, Tuning, choose
@@ -74,7 +75,8 @@ def test_launch_arguments_of_another_size_do_not_compile() -> None:
 def test_line_directives() -> None:
     """Every line of the source is the line of the file that the directives say."""
     folder, at, seen = resource_dir("cuda"), ("", 0), set()
-    for line in program().source.splitlines():
+    generated = program()
+    for line in (generated.source + generated.prefill_source).splitlines():
         directive = re.fullmatch(r'#line (\d+) "(.*)"', line)
         if directive:
             at = (directive[2], int(directive[1]))
@@ -168,7 +170,24 @@ def test_inline_assembly_is_in_one_file() -> None:
         assert ("__CUDACC__" in text) == (path.name == "ptx.cuh"), path.name
 
 
-def test_one_program_holds_both_kernels() -> None:
+def test_one_program_holds_all_kernels() -> None:
     generated = program()
-    found = re.findall(r"void (?:__\w+\(.*?\) )?(step_\w+)\(", generated.source)
-    assert set(found) == set(generated.maps)
+    steps, prefill = (
+        re.findall(r'extern "C" __global__ void __launch_bounds__\(.*?\) (\w+)\(', source)
+        for source in (generated.source, generated.prefill_source)
+    )
+    assert set(steps) == set(generated.maps) and prefill == [PREFILL]
+
+
+def test_the_context_changes_the_workspace_and_no_source() -> None:
+    model = RandomModel(model_config(), "int8", 32)
+    tuning = choose(model.config, model.matrices, FACTS)
+    short, long = (
+        generate(model.config, model.matrices, tuning, max_context=context)
+        for context in (100, None)
+    )
+    assert (short.prefill_tokens, long.prefill_tokens) == (128, 512)
+    assert short.workspace["total"] < long.workspace["total"]
+    assert (short.source, short.prefill_source) == (long.source, long.prefill_source)
+    none = generate(model.config, model.matrices, replace(tuning, prefill_tokens=100))
+    assert none.prefill_tokens == 0 and none.workspace["total"] == none.workspace["prefill"]

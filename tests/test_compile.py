@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from minflash.codegen import KERNELS, generate
+from minflash.codegen import KERNELS, PREFILL, generate
 from minflash.compiler import OPTIONS, architecture
 from minflash.shapes import shape_config, shape_layouts
 from minflash.tuning import DeviceFacts, choose
@@ -61,7 +61,7 @@ BUILDS = [
     pytest.param(Build(*what, kernel), marks=marks, id="-".join(map(str, (*what, kernel))))
     for builds, marks in ((CHOSEN, []), (OTHERS, SLOW))
     for what in builds
-    for kernel in KERNELS
+    for kernel in (*KERNELS, PREFILL)
 ]
 
 
@@ -73,7 +73,7 @@ def compile_one(build: Build) -> str:
     layouts = shape_layouts(config, build.quant, None)
     program = generate(config, layouts, choose(config, layouts, facts))
     options = (*OPTIONS, architecture(build.capability), f"-DONLY_{build.kernel.upper()}")
-    unit = nvrtc.createProgram(program.source, "step.cu", (), ())
+    unit = nvrtc.createProgram(program.source_of(build.kernel), "step.cu", (), ())
     try:
         nvrtc.compileProgram(unit, (*options, "--ptxas-options=-v"))
         assert nvrtc.getCUBIN(unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from kernel_models import EmulatedDevice, RandomModel, bound, references
+from kernel_models import EmulatedDevice, RandomModel, bound, references, without_last_block
 
 from minflash import compiler, probe
 from minflash import engine as engine_module
@@ -171,6 +172,28 @@ def test_logits_that_are_not_finite_are_an_error(model: RandomModel) -> None:
         list(engine.tokens(PROMPT, GREEDY, 5))
 
 
+def test_an_alarm_of_one_column_names_what_did_not_come(
+    checkpoint: Checkpoint, model: RandomModel
+) -> None:
+    """A missing block's results: who waits, the number they should carry, and what is there."""
+    engine, _ = open_engine(checkpoint, 64)
+    step = engine._open_model()
+    whole, patience = step._launch, int(step._args["watchdog_ns"])
+    step._args["watchdog_ns"], step._launch = 5_000_000, without_last_block(step)
+    first = step._phases
+    with pytest.raises(DeviceError) as caught:
+        step.token(step.step([PROMPT[0]], 0))
+    alarm = r"0.005 s: result of another block, block 0, phase (\d+), expected (\d+), seen 0;"
+    found = re.search(alarm, str(caught.value))
+    assert found is not None, caught.value
+    phase, expected = int(found[1]), int(found[2])
+    assert phase >= 1 and expected == first + phase - 1  # what the phase before should have written
+    step._args["watchdog_ns"], step._launch = patience, whole
+    exact, rounded = references(model, PROMPT)
+    assert np.abs(engine.logits(PROMPT) - exact).max() <= bound(exact, rounded)
+    engine.close()
+
+
 def test_an_alarm_names_what_waited_and_the_model_works_again(
     checkpoint: Checkpoint, model: RandomModel
 ) -> None:
@@ -326,14 +349,14 @@ def test_code_is_compiled_once_and_kept(
 ) -> None:
     pytest.importorskip("cupy_backends.cuda.libs.nvrtc", exc_type=ImportError)
     monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
-    options = {"a": (architecture(90),), "b": (architecture(80),)}
-    codes = {name: wait() for name, wait in compile_all(SOURCE, options).items()}
+    jobs = {"a": (SOURCE, (architecture(90),)), "b": (SOURCE, (architecture(80),))}
+    codes = {name: wait() for name, wait in compile_all(jobs).items()}
     assert all(code.startswith(b"\x7fELF") for code in codes.values())
     monkeypatch.setattr(compiler, "compile_source", lambda *_: pytest.fail("compiled again"))
-    assert {name: wait() for name, wait in compile_all(SOURCE, options).items()} == codes
+    assert {name: wait() for name, wait in compile_all(jobs).items()} == codes
     for file in (tmp_path / "kernels").iterdir():
         file.write_bytes(file.read_bytes()[:-1])  # damaged: as if it were not there
-    assert compiler.load_cached(SOURCE, options["a"]) is None
+    assert compiler.load_cached(*jobs["a"]) is None
 
 
 def test_without_a_compiler_or_with_a_bad_source_the_way_out_is_said(

@@ -35,6 +35,7 @@ from minflash.packing import GROUP_SIZES, GROUPED_TYPES, Layout, dequantize
 from minflash.quantize import quantize
 from minflash.sampling import Sampling, gumbel, random_bits, sample, threshold
 from minflash.step_model import CHAINED
+from minflash.tail import Extras, noted_tokens
 
 pytestmark = pytest.mark.skipif(
     shutil.which(emulator.compiler()) is None, reason="the emulated device needs g++"
@@ -356,6 +357,11 @@ def sanitized_steps() -> None:
     sampling = Sampling(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, seed=3)
     step = machine.open(model, Run(3, "random"))
     step.token(step.step([5], 0, sampling=sampling))
+    step.note_tokens(noted_tokens(config.vocab_size, sampling, [5]))
+    mask = np.full(11, 0xFFFFFFFF, np.uint32)
+    ticket = step.step([5], 0, sampling=sampling, extras=Extras(True, True, mask, 20))
+    step.token(ticket)
+    step.logprobs(ticket, 20)
     print("within the bound")
 
 

@@ -21,6 +21,7 @@ from kernel_models import (
     model_config,
     random_tokens,
     references,
+    without_last_block,
 )
 from test_kernel import MODELS, SAMPLINGS, TYPES, assert_sampled
 
@@ -54,8 +55,24 @@ def test_all_multiprocessors(machine: Machine, type: str, group: int) -> None:
     tokens = random_tokens(model.config, 40)
     step = machine.open(model, ALL, max_context=128)
     logits = feed(step, tokens, (1, 8, 2, 7))
-    assert step.device.local_bytes == {"step_one": 0, "step_many": 0}  # type: ignore[attr-defined]
+    assert step.device.local_bytes == {"step_one": 0, "step_many": 0, "prefill": 0}  # type: ignore[attr-defined]
     assert_within_bound(logits, *references(model, tokens))
+
+
+@pytest.mark.parametrize("type, group", TYPES)
+def test_a_long_prompt_on_all_multiprocessors(machine: Machine, type: str, group: int) -> None:
+    """Three tiles of columns, the last not full; ten times the same bits."""
+    model = middle_model(type, group)
+    tokens = random_tokens(model.config, 330)
+    exact, rounded = references(model, tokens)
+    step = machine.open(model, ALL, max_context=400)
+    first = None
+    for _ in range(10):
+        step.prefill(tokens[:321], 0)
+        logits = feed(step, tokens[321:], (8, 1), 321)
+        first = logits if first is None else first
+        np.testing.assert_array_equal(logits, first)
+    assert_within_bound(logits, exact[321:], rounded[321:])
 
 
 def test_bulk_copies_and_cp_async_give_the_same(machine: Machine) -> None:
@@ -132,8 +149,26 @@ def test_a_barrier_that_never_completes_is_an_error_and_the_model_goes_on(machin
     step._arrivals += 1  # as if a block had not come
     begin = time.monotonic()
     with pytest.raises(DeviceError, match=r"barrier, block \d+, phase 1, expected \d+, seen \d+"):
-        step.token(step.step([1], 0))
+        step.token(step.step([1, 2], 0))
     assert time.monotonic() - begin < 3  # a second of patience, here
+    assert (feed(step, tokens, (8, 1)) == right).all()
+
+
+def test_a_result_that_never_comes_is_an_error_and_the_model_goes_on(machine: Machine) -> None:
+    """One column has no barriers: what a missing block should have written is waited for."""
+    model = middle_model("bf16", 0)  # with work for every block
+    step = machine.open(model, ALL)
+    tokens = random_tokens(model.config, 20)
+    right = feed(step, tokens, (8, 1))
+    whole, step._launch = step._launch, without_last_block(step)
+    begin = time.monotonic()
+    with pytest.raises(
+        DeviceError,
+        match=r"result of another block, block \d+, phase \d+, expected \d+, seen \d+",
+    ):
+        step.token(step.step([1], 0))
+    assert time.monotonic() - begin < 3
+    step._launch = whole
     assert (feed(step, tokens, (8, 1)) == right).all()
 
 

@@ -1,4 +1,4 @@
-"""Steps a to e before a token is chosen, log-probabilities, and the host path on both devices."""
+"""Steps a to e before a token is chosen, log-probabilities, and choosers on both devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import minflash
 from minflash.choosing import Chooser
 from minflash.errors import ArgumentError, MinflashError
 from minflash.llm import LLM
-from minflash.sampling import Sampling, adjusted, log_probabilities, sample
+from minflash.sampling import Sampling, adjusted, log_probabilities, sample, threshold
 
 LOGITS = np.array([1.0, -2.0, 3.0, 0.5, -0.25], np.float32)
 
@@ -87,19 +87,38 @@ def test_a_bias_for_a_token_that_the_model_does_not_have(llm: LLM) -> None:
         llm.stream("x", logit_bias={257: 1.0})
 
 
-def test_penalties_change_the_distribution_as_they_say() -> None:
-    """Chi-square of draws with everything on, 4 cells; 21.1 is the 0.9999 quantile of 3 degrees."""
-    sampling = Sampling(
-        temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.4,
-        frequency_penalty=0.2, logit_bias=((3, 0.7),), top_k=4,
-    )  # fmt: skip
-    scores = adjusted(LOGITS, sampling, [1], [4, 0, 4])
-    kept = np.sort(np.argsort(-scores)[:4])
+FILTERED = {"top_k": 4, "top_p": 0.99, "min_p": 0.001}
+
+
+@pytest.mark.parametrize("filters", [{}, FILTERED], ids=["no filters", "filters"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.4},
+        {"frequency_penalty": 0.2},
+        {"logit_bias": ((3, 0.7), (1, 2.0))},
+        {"min_tokens": 5, "logit_bias": ((2, 3.0),)},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2,
+         "logit_bias": ((3, 0.7),)},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("masked", [False, True])
+def test_adjustments_change_the_distribution_as_they_say(
+    options: dict[str, Any], filters: dict[str, float], masked: bool
+) -> None:
+    """Chi-square of 1e5 draws, up to 5 cells; the limits are the 0.9999 quantiles."""
+    sampling = Sampling(temperature=1.0, seed=5, **options, **filters)  # type: ignore[arg-type]
+    allowed = np.array([True, True, False, True, True]) if masked else None
+    scores = adjusted(LOGITS, sampling, [1], [4, 0, 4], {2}, allowed)
+    kept = np.flatnonzero(np.isfinite(scores) & (scores >= threshold(scores, sampling)))
+    assert (len(kept) < 5) == bool(filters or masked or "min_tokens" in options)
     goal = np.exp(scores[kept]) / np.exp(scores[kept]).sum()
     n = 100_000
     counts = np.bincount(draws(scores, sampling, n), minlength=5)[kept]
     assert counts.sum() == n
-    assert np.sum((counts - n * goal) ** 2 / (n * goal)) < 21.1
+    limit = {1: 15.14, 2: 18.42, 3: 21.11, 4: 23.51}[len(kept) - 1]
+    assert np.sum((counts - n * goal) ** 2 / (n * goal)) < limit
 
 
 # Through an LLM, and on both engines
@@ -145,7 +164,7 @@ def test_logprobs(llm: LLM) -> None:
 @pytest.mark.parametrize(
     "make", [cpu_engine, cuda_engine, pytest.param(gpu_engine, marks=pytest.mark.gpu)]
 )
-def test_the_host_chooses_the_same_on_both_engines(make: Any) -> None:
+def test_a_chooser_chooses_the_same_on_both_engines(make: Any) -> None:
     model = RandomModel(model_config(), "bf16", seed=3)
     prompt = [5, 77, 300, 12, 9, 250, 31, 8, 119, 64]
     sampling = Sampling(temperature=0.8, top_k=40, seed=7, repetition_penalty=1.2)

@@ -140,6 +140,33 @@ def test_every_card_can_be_planned_for(card: str) -> None:
     assert made.fits and made.tokens_per_s_full is not None and made.tokens_per_s_full > 10
 
 
+# Bits of the bus, Gbit/s a pin, CUDA cores: the other figures of the same datasheets.
+BUSES = {
+    "a10": (384, 12.5, 9216), "a40": (384, 14.5, 10752), "l4": (192, 12.5, 7424),
+    "l40s": (384, 18, 18176), "rtx-3060": (192, 15, 3584), "rtx-3080": (320, 19, 8704),
+    "rtx-3090": (384, 19.5, 10496), "rtx-4060": (128, 17, 3072), "rtx-4070": (192, 21, 5888),
+    "rtx-4080": (256, 22.4, 9728), "rtx-4090": (384, 21, 16384), "rtx-5070": (192, 28, 6144),
+    "rtx-5080": (256, 30, 10752), "rtx-5090": (512, 28, 21760), "rtx-a6000": (384, 16, 10752),
+    "rtx-6000-ada": (384, 20, 18176), "rtx-pro-6000": (512, 28, 24064),
+}  # fmt: skip
+STATED = {
+    "a100-40gb",
+    "a100-80gb-pcie",
+    "a100-80gb-sxm",
+    "h100-pcie",
+    "h100-sxm",
+    "h200-sxm",
+    "b200",
+}
+
+
+def test_bandwidth_is_the_bus_times_its_rate() -> None:
+    assert {*BUSES, *STATED} == {*CARDS}  # cards with HBM state the bandwidth alone
+    for name, (bits, gbit_per_s, cores) in BUSES.items():
+        assert CARDS[name].gb_per_s == pytest.approx(bits * gbit_per_s / 8, abs=0.5), name
+        assert CARDS[name].multiprocessors == cores / 128, name
+
+
 def test_names_of_cards_are_taken_as_people_write_them() -> None:
     assert find_card("NVIDIA GeForce RTX 4090") is CARDS["rtx-4090"]
     assert find_card("H100 SXM") is CARDS["h100-sxm"]

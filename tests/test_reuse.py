@@ -43,7 +43,10 @@ def cpu_engine(model: RandomModel, max_context: int = 64) -> CpuEngine:
 
 def cuda_engine(model: RandomModel, max_context: int = 64) -> CudaEngine:
     device = EmulatedDevice()
-    tuning = choose(model.config, device.facts, stages=8, stage_bytes=4096, in_flight_bytes=12288)
+    tuning = choose(
+        model.config, model.matrices, device.facts,
+        stages=8, stage_bytes=4096, in_flight_bytes=12288,
+    )  # fmt: skip
     step = StepModel(model, device, max_context, tuning=tuning, watchdog_ns=120 * 10**9)
     return CudaEngine.over(step)
 

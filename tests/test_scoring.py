@@ -13,9 +13,10 @@ from test_reuse import cuda_engine
 
 import minflash
 from minflash import engine as engine_module
-from minflash.errors import ArgumentError, ContextError, DeviceError
+from minflash.errors import ArgumentError, ContextError
 from minflash.llm import LLM
 from minflash.reference import linear
+from minflash.scoring import pool
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +66,12 @@ def test_embeddings(llm: LLM) -> None:
         llm.embed("x", pooling="max")
 
 
-def test_on_the_gpu_scores_work_and_embeddings_say_that_they_do_not() -> None:
+def test_scores_and_embeddings_on_the_kernel(llm: LLM) -> None:
     engine = cuda_engine(RandomModel(model_config(), "bf16", seed=3))
-    llm = LLM(engine)
-    score = llm.score([5, 77, 300, 12, 9, 250, 31, 8, 119, 64])
+    other = LLM(engine, llm._need_tokenizer("embed takes text"))
+    score = other.score([5, 77, 300, 12, 9, 250, 31, 8, 119, 64])
     assert len(score.logprobs) == 10 and score.total < 0
-    with pytest.raises(DeviceError, match=r'not on the GPU yet.*device="cpu"'):
-        engine.hidden([1])
-    llm.close()
+    vector = other.embed("The sky is blue.")
+    np.testing.assert_array_equal(vector, pool(engine.hidden(list(b"The sky is blue.")), "mean"))
+    assert vector.shape == (96,) and np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
+    other.close()

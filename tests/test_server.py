@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,6 @@ from web_server import (
 )
 
 import minflash
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[minflash.LLM]:
-    with minflash.load(TINY, device="cpu") as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def server(llm: minflash.LLM) -> Iterator[Server]:
-    with running(llm) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with connect(server) as client:
-        yield client
 
 
 def test_models_and_health(client: openai.OpenAI, server: Server) -> None:

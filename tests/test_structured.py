@@ -16,7 +16,6 @@ import minflash
 from minflash.cli import main
 from minflash.errors import ArgumentError, MinflashError
 from minflash.llm import LLM
-from minflash.resources import resource_dir
 from minflash.structured import Grammar, parse_grammar
 
 pytest.importorskip("llguidance", reason='needs pip install "minflash[grammar]"')
@@ -30,12 +29,6 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with minflash.load(resource_dir("weights") / "tiny", device="cpu") as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

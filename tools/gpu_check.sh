@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # What CI cannot check, on a machine with a GPU, a python3 with CuPy, pytest and hypothesis.
 #
-#   tools/gpu_check.sh [tests] [sanitizer] [bench] [parity] [ncu]     (default: tests sanitizer bench)
+#   tools/gpu_check.sh [tests] [sanitizer] [bench] [targets] [prompts] [parity] [ncu]
+#                                                      (default: all but parity and ncu)
 #
-# Each part fits into nine minutes. Logs lie under $OUT (default .gpu_check); the last lines are a
-# table; exit status 1 if anything failed.
+# bench writes $OUT/bench.json, targets compares it with tools/targets.json. Each part fits into nine
+# minutes. Logs lie under $OUT (default .gpu_check); the last lines are tables of parts and, if asked
+# for, of targets; exit status 1 if anything failed or a target is missed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -47,8 +49,12 @@ sanitizer() { # --tool racecheck sees shared memory only; blocks are compared by
         python3 tools/gpu_step.py int4 80
 }
 
-bench() { run bench 480 python3 -m minflash bench --quant bf16,int4,int8 \
-    --shape smollm2-135m,llama-3.2-1b,llama-3.1-8b --context 128 && cat "$out/bench.log"; }
+bench() { run bench 520 python3 tools/targets.py measure "$out/bench.json" && cat "$out/bench.log"; }
+
+targets() { run targets 20 python3 tools/targets.py check "$out/bench.json"; }
+
+prompts() { run prompts 240 python3 -m minflash bench --quant bf16,int4,int8 \
+    --shape smollm2-135m,llama-3.2-1b,llama-3.1-8b --prefill 32,512,2048 && cat "$out/prompts.log"; }
 
 parity() {
     run parity 300 python3 tools/parity.py
@@ -60,15 +66,16 @@ ncu() { # one kernel per step: the count of launches as the profiler sees them
         python3 tools/gpu_step.py int4
 }
 
-[ $# -gt 0 ] || set -- tests sanitizer bench
+[ $# -gt 0 ] || set -- tests sanitizer bench targets prompts
 for part in "$@"; do
     case $part in
-    tests | sanitizer | bench | parity | ncu) "$part" ;;
-    *) echo "no part $part: tests, sanitizer, bench, parity, ncu" && exit 2 ;;
+    tests | sanitizer | bench | targets | prompts | parity | ncu) "$part" ;;
+    *) echo "no part $part: tests, sanitizer, bench, targets, prompts, parity, ncu" && exit 2 ;;
     esac
 done
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null
 git log -1 --format='commit %h%n' 2>/dev/null
 printf '%s\n' "${rows[@]}"
+[[ " $* " != *" targets "* ]] || cat "$out/targets.log"
 exit "$status"

@@ -1,4 +1,4 @@
-"""A few steps of small models on the GPU: what compute-sanitizer and ncu are pointed at.
+"""Steps and a long prompt of small models on the GPU: for compute-sanitizer and ncu.
 
 compute-sanitizer --tool racecheck python3 tools/gpu_step.py int4
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
 from kernel_models import (  # noqa: E402
     Machine,
     RandomModel,
@@ -23,10 +24,11 @@ from kernel_models import (  # noqa: E402
 )
 
 from minflash.sampling import Sampling  # noqa: E402
+from minflash.tail import Extras, noted_tokens  # noqa: E402
 
 
 def main(type: str, capability: int) -> None:
-    """Two columns, one column, splits of the past, sampling with all filters."""
+    """Two columns, one column, splits of the past, a long prompt, sampling with all there is."""
     group = 0 if type in ("bf16", "fp16") else 64
     config = model_config(dim=128, hidden_dim=192, qk_norm=True, qkv_bias=True, windows=(0, 40))
     model = RandomModel(config, type, group)
@@ -35,7 +37,16 @@ def main(type: str, capability: int) -> None:
     tokens = random_tokens(config, 72)
     logits = feed(step, tokens, (8, 8, 8, 8, 8, 8, 8, 8, 1, 1, 2))
     assert_within_bound(logits, *references(model, tokens))
-    step.token(step.step([5], 72, sampling=Sampling(0.8, 40, 0.9, 0.01, 7)))
+    long = random_tokens(config, 150)
+    step.prefill(long[:141], 0)
+    logits = feed(step, long[141:], (8, 1), 141)
+    exact, rounded = references(model, long)
+    assert_within_bound(logits, exact[141:], rounded[141:])
+    sampling = Sampling(0.8, 40, 0.9, 0.01, 7, repetition_penalty=1.1)
+    step.token(step.step([5], 72, sampling=sampling))
+    step.note_tokens(noted_tokens(config.vocab_size, sampling, [5]))
+    mask = np.full(-(-config.vocab_size // 32), 0xFFFFFFFF, np.uint32)
+    step.token(step.step([5], 73, sampling=sampling, extras=Extras(True, True, mask, 20)))
     machine.close()
     print(f"{type}, sm_{capability} path: {len(step.device.launches)} launches, within the bound")
 

@@ -11,10 +11,10 @@
 
 namespace emulated {
 
-constexpr u32 kWarps = 32, kBarriers = 16, kPolled = 64, kCanaryBytes = 256;
+constexpr u32 kWarps = 32, kBarriers = 16, kPolled = 64, kCanaryBytes = 256, kGroups = 16;
 constexpr u8 kPoison = 0xff, kCanary = 0xa5;   // 0xff...: NaN in every float format
 
-enum class State : u8 { ready, warp, barrier, mbarrier, spin, done };
+enum class State : u8 { ready, warp, barrier, mbarrier, copies, spin, done };
 enum class Order : int { forward, reverse, random };
 
 struct Fiber : Thread {
@@ -27,6 +27,9 @@ struct Fiber : Thread {
   struct Polled { const u32* p; u32 value; } polled[kPolled];
   u32 n_polled = 0;
   u32 unlanded = 0;                                 // its cp_async_16 in flight
+  u64 wanted_groups = 0;                            // that it waits for
+  u64 groups = 0;                                   // that it committed: what it copies now belongs to this one
+  u32 group_unlanded[kGroups] = {};
 };
 
 struct Gate {
@@ -46,7 +49,7 @@ struct WarpGate {
 struct Mbarrier { u64 expected : 20, pending : 20; long long bytes : 23; u64 phase : 1; };
 static_assert(sizeof(Mbarrier) == 8);
 
-struct Copy { u8* dst; const u8* src; u32 bytes; u64* mbarrier; u32 fiber; u64 number; };   // src: what lands, perhaps a snapshot
+struct Copy { u8* dst; const u8* src; u32 bytes; u64* mbarrier; u32 fiber; u64 number, group; };   // src: what lands, perhaps a snapshot
 struct CopyArrival { u64* mbarrier; u32 fiber, remaining; u64 before; };
 
 struct Block;

@@ -107,7 +107,7 @@ static void issue(Block& b, const char* what, void* dst, const void* src, u32 by
     move(snapshot, source, bytes);
     source = snapshot;
   }
-  b.in_flight.push_back({static_cast<u8*>(dst), source, bytes, mbarrier, f.warp * 32 + f.lane, b.copies++});
+  b.in_flight.push_back({static_cast<u8*>(dst), source, bytes, mbarrier, f.warp * 32 + f.lane, b.copies++, f.groups});
 }
 
 void copy_bulk(void* dst, const void* src, u32 bytes, u64* p) {
@@ -117,7 +117,8 @@ void copy_bulk(void* dst, const void* src, u32 bytes, u64* p) {
 }
 void copy_16(void* dst, const void* src) {
   issue(*block, "cp_async_16", dst, src, 16, nullptr);
-  self().unlanded++;
+  Fiber& f = self();
+  f.unlanded++, f.group_unlanded[f.groups % kGroups]++;
 }
 
 // Arrives when every cp_async_16 that this thread issued before has landed.
@@ -129,6 +130,26 @@ void copy_16_arrive(u64* p) {
   if (remaining == 0) return count_arrival(b, p);
   if (b.arrivals.size() == b.arrivals.capacity()) fail("too many cp_async_mbarrier_arrive_noinc pending");
   b.arrivals.push_back({p, me, remaining, b.copies});
+}
+
+void copy_16_commit() {
+  Fiber& f = self();
+  if (f.group_unlanded[++f.groups % kGroups] != 0) fail("cp_async_commit_group: %u groups before have not landed", kGroups);
+}
+
+static bool groups_landed(const Fiber& f, u64 end) {
+  for (u64 k = end < kGroups ? 0 : end - kGroups; k < end; k++)
+    if (k + kGroups > f.groups && f.group_unlanded[k % kGroups] != 0) return false;
+  return true;
+}
+
+// Returns when at most `pending` of the groups that this thread committed have not landed.
+void copy_16_wait(u32 pending) {
+  Fiber& f = self();
+  f.n_polled = 0;
+  if (f.groups <= pending) return;
+  f.wanted_groups = f.groups - pending, f.mbarrier = nullptr;
+  while (!groups_landed(f, f.wanted_groups)) wait(*block, State::copies);
 }
 
 static void land_one(Block& b) {
@@ -144,7 +165,9 @@ static void land_one(Block& b) {
     reinterpret_cast<Mbarrier*>(c.mbarrier)->bytes -= c.bytes;
     return settle(b, c.mbarrier);
   }
-  b.fiber[c.fiber].unlanded--;
+  Fiber& owner = b.fiber[c.fiber];
+  owner.unlanded--, owner.group_unlanded[c.group % kGroups]--;
+  if (owner.state == State::copies && groups_landed(owner, owner.wanted_groups)) make_ready(b, owner.warp, 1u << owner.lane);
   for (u64 k = 0; k < b.arrivals.size();) {
     CopyArrival& a = b.arrivals[k];
     if (a.fiber != c.fiber || a.before <= c.number || --a.remaining != 0) {

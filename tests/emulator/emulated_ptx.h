@@ -239,6 +239,7 @@ inline void red_add_release_gpu(u32* p, u32 v) {
   __atomic_fetch_add(p, v, __ATOMIC_RELEASE);
   emulated::progress();
 }
+inline void red_add(float* p, float v) { atomicAdd(p, v); }
 inline float atom_add(float* p, float v) { return atomicAdd(p, v); }
 inline u32 atom_add_acq_rel_gpu(u32* p, u32 v) {
   u32 old = __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
@@ -264,6 +265,8 @@ inline void st_release_sys(u64* p, u64 v) {
 inline uint4 ld_cg(const uint4* p) { return *p; }
 inline float ld_cg(const float* p) { return *p; }
 inline u32 ld_cg(const u32* p) { return *p; }
+inline u64 ld_cg(const u64* p) { return *p; }
+inline uint2 ld_cg(const uint2* p) { return *p; }
 
 inline float4 ld_nc(const float4* p) { return *p; }
 inline void prefetch_l2(const void*) {}
@@ -281,6 +284,9 @@ inline bool mbarrier_try_wait_parity(u64* b, u32 parity) { return emulated::mbar
 inline void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) { emulated::copy_bulk(dst, src, bytes, b); }
 inline void cp_async_16(void* dst, const void* src) { emulated::copy_16(dst, src); }
 inline void cp_async_mbarrier_arrive_noinc(u64* b) { emulated::copy_16_arrive(b); }
+inline void cp_async_commit_group() { emulated::copy_16_commit(); }
+template <int kPending>
+inline void cp_async_wait_group() { emulated::copy_16_wait(kPending); }
 
 inline void bar_sync(int id, int threads) { emulated::named_barrier(id, threads); }
 

@@ -102,6 +102,7 @@ static std::string describe(const Block& b, const Fiber& f) {
              (u32)(reinterpret_cast<const u8*>(f.mbarrier) - b.smem), f.number, (u32)m.pending, (u32)m.expected,
              (int)m.bytes);
   }
+  if (f.state == State::copies) snprintf(text, sizeof(text), "cp_async_wait_group, %u of its copies to land", f.unlanded);
   if (f.state == State::spin && f.n_polled == 0) return "__nanosleep";
   if (f.state == State::spin)
     for (u32 i = 0, n = 0; i < f.n_polled; i++)

@@ -34,6 +34,8 @@ bool mbarrier_wait(u64* b, u32 parity);
 void copy_bulk(void* dst, const void* src, u32 bytes, u64* b);
 void copy_16(void* dst, const void* src);
 void copy_16_arrive(u64* b);
+void copy_16_commit();
+void copy_16_wait(u32 pending);
 
 // Around a load that may be part of a spin: the same value seen twice puts the fiber to sleep until it changes.
 void before_poll(const u32* p);

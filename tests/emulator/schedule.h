@@ -134,7 +134,7 @@ static void wait(Block& b, State why) {
   f.state = why;
   b.ready[f.warp] &= ~(1u << f.lane);
   if (b.ready[f.warp] == 0) b.ready_warps &= ~(1u << f.warp);
-  if (why == State::mbarrier) b.waiting[f.warp] |= 1u << f.lane;
+  if (why == State::mbarrier || why == State::copies) b.waiting[f.warp] |= 1u << f.lane;
   if (why == State::spin) b.spinning[f.warp] |= 1u << f.lane;
   run_next(b);
   f.state = State::ready;

@@ -1,0 +1,175 @@
+// The front part of a prompt, hundreds of tokens in one launch: fills the KV cache and computes no logits.
+//
+// One block an SM, a grid barrier between phases. The last layer ends with its keys and values.
+#include "prefill_attention.cuh"
+
+namespace prompt {
+
+// Eight values of a column: read, rounded, summed, and summed over the lanes of a group.
+__device__ __forceinline__ void load_8(const float* at, float (&v)[8]) {
+  const uint4 a = ld_cg(reinterpret_cast<const uint4*>(at)), b = ld_cg(reinterpret_cast<const uint4*>(at) + 1);
+  const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] = __uint_as_float(words[i]);
+}
+
+template <bool kBf16>
+__device__ __forceinline__ uint4 round_8(const float (&v)[8]) {
+  return make_uint4(round_pair<kBf16>(v[0], v[1]), round_pair<kBf16>(v[2], v[3]), round_pair<kBf16>(v[4], v[5]), round_pair<kBf16>(v[6], v[7]));
+}
+
+__device__ __forceinline__ float sum_8(uint4 v) {
+  float sum = 0;
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) sum += low_half<false>(words[i]) + high_half<false>(words[i]);
+  return sum;
+}
+template <Matrix m>
+__device__ __forceinline__ float group_sum(uint4 v) {
+  float sum = sum_8(v);
+#pragma unroll
+  for (int i = 1; i < m.group / 8; i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+  return sum;
+}
+
+// Eight activations, and for integer weights their group's sum: all lanes of a warp, with consecutive k8.
+template <Matrix m>
+__device__ __forceinline__ void put(const gemm::Operand<m>& x, int column, int k8, uint4 v) {
+  if (k8 < m.padded_cols() / 8) x.put_8(column, k8, v);
+  if constexpr (m.has_sums()) {
+    const float sum = group_sum<m>(v);
+    if (k8 < m.padded_cols() / 8 && k8 % (m.group / 8) == 0) *x.sum(column, k8 * 8 / m.group) = sum;
+  }
+}
+
+// RMSNorm(residual) * weight, rounded for m: a warp for each column. read(column, k8, v) yields eight values.
+template <Matrix m, class Read>
+__device__ void norm(const float* weight, const gemm::Operand<m>& x, int n_columns, Read read) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int column = threadIdx.x / 32 * kGrid + blockIdx.x; column < n_columns; column += kGrid * kWarps) {
+    float squares = 0;
+#pragma unroll 4
+    for (int k8 = lane; k8 < model::kDim / 8; k8 += 32) {
+      float v[8];
+      read(column, k8, v);
+#pragma unroll
+      for (int i = 0; i < 8; i++) squares += v[i] * v[i];
+    }
+    const float scale = rsqrtf(warp_sum(squares) / model::kDim + model::kNormEps);
+#pragma unroll 2
+    for (int k8 = lane; k8 - lane < m.padded_cols() / 8; k8 += 32) {
+      float v[8] = {};
+      if (k8 < model::kDim / 8) {
+        read(column, k8, v);
+        const float4 a = ld_nc(reinterpret_cast<const float4*>(weight) + 2 * k8), b = ld_nc(reinterpret_cast<const float4*>(weight) + 2 * k8 + 1);
+        const float w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] *= scale * w[i];
+      }
+      put<m>(x, column, k8, round_8<m.bf16()>(v));
+    }
+  }
+}
+
+// Sums over groups of columns that other phases left behind.
+template <Matrix m>
+__device__ void sum_groups(const gemm::Operand<m>& x, int n_columns) {
+  constexpr int kGroups = gemm::Operand<m>::kGroups;
+#pragma unroll 1
+  for (int i = blockIdx.x * kConsumers + threadIdx.x; i < n_columns * kGroups; i += kGrid * kConsumers) {
+    const int column = i % n_columns, group = i / n_columns;
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < m.group / 8; k++) sum += sum_8(x.get_8(column, group * m.group / 8 + k));
+    *x.sum(column, group) = sum;
+  }
+}
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+__device__ void read_chunk(const StepArgs& args) {
+  const PrefillWorkspace work(args);
+  const gemm::Operand<tensors::wqkv> attention_input{work.x(), work.x_sums()};
+  const gemm::Operand<tensors::w_gate_up> ffn_input{work.x(), work.x_sums()};
+  const gemm::Operand<tensors::wo> attended{work.attended(), work.attended_sums()};
+  const gemm::Operand<tensors::w_down> hidden{work.hidden(), work.hidden_sums()};
+  GridBarrier grid(args);
+  const int n = args.n_columns;
+
+  const auto residual = [&](int column, int k8, float (&v)[8]) { load_8(work.residual() + (u64)column * model::kDim + k8 * 8, v); };
+  const auto embedding = [&](int column, int k8, float (&v)[8]) {  // and into the residual
+    dequantize_8<tensors::embed>(args.weights + tensors::embed.offset, work.tokens()[column], k8 * 8, v);
+    float4* at = reinterpret_cast<float4*>(work.residual() + (u64)column * model::kDim + k8 * 8);
+    at[0] = make_float4(v[0], v[1], v[2], v[3]);
+    at[1] = make_float4(v[4], v[5], v[6], v[7]);
+  };
+  const auto biased = [](const float* bias, int row, float2 v) { return bias ? make_float2(v.x + bias[row], v.y + bias[row + 1]) : v; };
+  const auto add_to_residual = [&](const float* bias, int column, int row, float2 v) {  // nobody else adds to it
+    float* at = work.residual() + (u64)column * model::kDim + row;
+    v = biased(bias, row, v);
+    red_add(at, v.x);
+    red_add(at + 1, v.y);
+  };
+#pragma unroll 1
+  for (int layer = 0; layer < model::kLayers; layer++) {
+    const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
+    const auto vector = [&](u64 offset) { return offset == tensors::kAbsent ? nullptr : reinterpret_cast<const float*>(weights + offset); };
+    u8* cache = args.kv_cache + layer * args.kv_layer_bytes;
+
+    if (layer == 0) norm(vector(tensors::attn_norm), attention_input, n, embedding);
+    else norm(vector(tensors::attn_norm), attention_input, n, residual);
+    grid.sync();  // publishes the normed residual
+
+    const float* wqkv_bias = vector(tensors::wqkv_bias);
+    gemm::multiply(weights + tensors::wqkv.offset, attention_input, n, [&](int row, int column, float2 low, float2 high) {
+      float* at = work.qkv() + (u64)column * tensors::wqkv.rows + row;
+      *reinterpret_cast<float2*>(at) = biased(wqkv_bias, row, low);
+      *reinterpret_cast<float2*>(at + 8) = biased(wqkv_bias, row + 8, high);
+    });
+    grid.sync();  // publishes q, k and v of the chunk
+
+    fill_cache(args, work.qkv(), vector(tensors::k_norm), cache);
+    if (layer + 1 == model::kLayers) return;
+    grid.sync();  // publishes the chunk's keys and values
+
+    attend_prompt(args, model::window(layer), work.qkv(), vector(tensors::q_norm), cache, attended);
+    grid.sync();  // publishes the heads' outputs
+    if constexpr (tensors::wo.has_sums()) {
+      sum_groups(attended, n);
+      grid.sync();  // publishes the sums of the heads' outputs
+    }
+
+    const float* wo_bias = vector(tensors::wo_bias);
+    gemm::multiply(weights + tensors::wo.offset, attended, n, [&](int row, int column, float2 low, float2 high) {
+      add_to_residual(wo_bias, column, row, low);
+      add_to_residual(wo_bias, column, row + 8, high);
+    });
+    grid.sync();  // publishes the residual with attention added
+
+    norm(vector(tensors::ffn_norm), ffn_input, n, residual);
+    grid.sync();  // publishes the normed residual
+
+    const float* w_gate_up_bias = vector(tensors::w_gate_up_bias);
+    gemm::multiply(weights + tensors::w_gate_up.offset, ffn_input, n, [&](int row, int column, float2 gate, float2 up) {
+      gate = biased(w_gate_up_bias, row, gate), up = biased(w_gate_up_bias, row + 8, up);
+      *hidden.pair(column, row / 16 * 8 + row % 8) = round_pair<tensors::w_down.bf16()>(silu(gate.x) * up.x, silu(gate.y) * up.y);
+    });
+    grid.sync();  // publishes SwiGLU's result
+    if constexpr (tensors::w_down.has_sums()) {
+      sum_groups(hidden, n);
+      grid.sync();  // publishes the sums of SwiGLU's result
+    }
+
+    const float* w_down_bias = vector(tensors::w_down_bias);
+    gemm::multiply(weights + tensors::w_down.offset, hidden, n, [&](int row, int column, float2 low, float2 high) {
+      add_to_residual(w_down_bias, column, row, low);
+      add_to_residual(w_down_bias, column, row + 8, high);
+    });
+    grid.sync();  // publishes the layer's output
+  }
+}
+}  // namespace prompt
+
+extern "C" __global__ void __launch_bounds__(kConsumers, 1) prefill(const __grid_constant__ StepArgs args) { prompt::read_chunk(args); }

@@ -1,0 +1,120 @@
+// Attention of a prompt: the cache holds the chunk's own keys and values already. A unit is a KV head and
+// eight query rows a warp; its block walks once through the past that any of them sees.
+#pragma once
+#include "attention.cuh"
+#include "gemm.cuh"
+
+namespace prompt {
+using attention::kGroup;
+using attention::kHeadDim;
+
+constexpr int kUnitRows = kWarps * attention::kRows;
+constexpr int kQueryBytes = kUnitRows * attention::kQueryStride;
+constexpr int kBlocks = attention::kBlockBytes > 8192 ? 1 : 16384 / attention::kBlockBytes;  // of positions, of a stage
+constexpr int kStages = 4;
+static_assert(kQueryBytes + kStages * kBlocks * attention::kBlockBytes <= kSharedBytes, "queries and stages must fit into shared memory");
+
+// Norm and rotation of one head's row of fp32 values in global memory by one warp; put(dim, value).
+template <class Put>
+__device__ __forceinline__ void rotate_row(const float* row, const float* norm_weight, const StepArgs& args, int position, Put put) {
+  constexpr int kHalf = kHeadDim / 2, kPairs = ceil_div(kHalf, 32);
+  const int lane = threadIdx.x % 32;
+  float a[kPairs], b[kPairs], squares = 0;
+#pragma unroll
+  for (int i = 0; i < kPairs; i++) {
+    const int d = lane + 32 * i;
+    a[i] = d < kHalf ? ld_cg(row + d) : 0;
+    b[i] = d < kHalf ? ld_cg(row + kHalf + d) : 0;
+    squares += a[i] * a[i] + b[i] * b[i];
+  }
+  [[maybe_unused]] const float scale = model::kQkNorm ? rsqrtf(warp_sum(squares) / kHeadDim + model::kNormEps) : 1.0f;
+#pragma unroll
+  for (int i = 0; i < kPairs; i++) {
+    const int d = lane + 32 * i;
+    if (d >= kHalf) break;
+    if constexpr (model::kQkNorm) a[i] *= scale * norm_weight[d], b[i] *= scale * norm_weight[kHalf + d];
+    const Rotation r = rotation(args.rope_turns[d], position, args.rope_scale);
+    put(d, a[i] * r.cos - b[i] * r.sin);
+    put(kHalf + d, b[i] * r.cos + a[i] * r.sin);
+  }
+}
+
+// Keys, normed and rotated, and values of the chunk into the cache: a warp for each position of a KV head.
+__device__ void fill_cache(const StepArgs& args, const float* qkv, const float* k_norm, u8* cache) {
+  constexpr int kRowWidth = (model::kHeads + 2 * model::kKvHeads) * kHeadDim;
+#pragma unroll 1
+  for (int i = threadIdx.x / 32 * kGrid + blockIdx.x; i < args.n_columns * model::kKvHeads; i += kGrid * kWarps) {
+    const int column = i / model::kKvHeads, kv_head = i % model::kKvHeads, position = args.position + column;
+    u8* block = cache + attention::block_offset(kv_head, position / 16, args.max_blocks);
+    const float* key = qkv + (u64)column * kRowWidth + (model::kHeads + kv_head) * kHeadDim;
+    const float* value = key + model::kKvHeads * kHeadDim;
+    rotate_row(key, k_norm, args, position, [&](int d, float v) {
+      *reinterpret_cast<u16*>(block + attention::k_offset(position % 16, d)) = attention::rounded(v);
+    });
+    for (int d = threadIdx.x % 32; d < kHeadDim; d += 32)
+      *reinterpret_cast<u16*>(block + attention::v_offset(position % 16, d)) = attention::rounded(ld_cg(value + d));
+  }
+}
+
+// This warp's query rows, normed and rotated, in shared memory: rows `first` to first + rows - 1 of a KV head.
+__device__ __forceinline__ u8* queries_of_warp() { return dynamic_smem() + threadIdx.x / 32 * attention::kRows * attention::kQueryStride; }
+__device__ void load_queries(const StepArgs& args, const float* qkv, const float* q_norm, int kv_head, int first, int rows) {
+  constexpr int kRowWidth = (model::kHeads + 2 * model::kKvHeads) * kHeadDim;
+  __syncwarp();  // all lanes have read the rows of the unit before
+#pragma unroll 1
+  for (int r = 0; r < rows; r++) {
+    const int column = (first + r) / kGroup, head = kv_head * kGroup + (first + r) % kGroup;
+    u16* to = reinterpret_cast<u16*>(queries_of_warp() + r * attention::kQueryStride);
+    rotate_row(qkv + (u64)column * kRowWidth + head * kHeadDim, q_norm, args, args.position + column,
+                          [&](int d, float v) { to[d] = attention::rounded(v); });
+  }
+  __syncwarp();  // publishes the rows to the warp; those that are not there are columns that nobody reads
+}
+
+// All units, those with the longest past first. out: what m multiplies with.
+template <Matrix m>
+__device__ void attend_prompt(const StepArgs& args, int window, const float* qkv, const float* q_norm, const u8* cache, const gemm::Operand<m>& out) {
+  const int all_rows = kGroup * args.n_columns, row_tiles = ceil_div(all_rows, kUnitRows);
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll 1
+  for (int unit = blockIdx.x; unit < row_tiles * model::kKvHeads; unit += kGrid) {
+    const int kv_head = unit % model::kKvHeads, unit_row = (row_tiles - 1 - unit / model::kKvHeads) * kUnitRows;
+    const int first = unit_row + threadIdx.x / 32 * attention::kRows, rows = smaller(attention::kRows, all_rows - first);
+    const auto position_of = [&](int row) { return args.position + row / kGroup; };
+    const int oldest = window ? position_of(unit_row) - window + 1 : 0, begin = oldest > 0 ? oldest / 16 : 0;
+    const int end = position_of(smaller(unit_row + kUnitRows, all_rows) - 1) / 16 + 1;
+    const int last = position_of(first + rows - 1);
+    load_queries(args, qkv, q_norm, kv_head, first, rows);
+    attention::Running run;
+    gemm::pipeline<kStages, kBlocks * attention::kBlockBytes>(
+        dynamic_smem() + kQueryBytes, ceil_div(end - begin, kBlocks),
+        [&](u8* stage, int i) {
+          const int block = begin + i * kBlocks;
+          gemm::copy<kBlocks * attention::kBlockBytes>(stage, cache + attention::block_offset(kv_head, block, args.max_blocks),
+                                                       smaller(kBlocks, end - block) * attention::kBlockBytes);
+        },
+        [&](const u8* stage, int i) {
+#pragma unroll 1
+          for (int b = 0; b < kBlocks; b++) {
+            const int from = (begin + i * kBlocks + b) * 16;
+            if (rows <= 0 || from > last) break;
+            attention::attend(run, stage + b * attention::kBlockBytes, queries_of_warp(), [&](int row, int offset) {
+              const int position = from + offset, own = position_of(first + row);
+              return position <= own && (!window || position > own - window);
+            });
+          }
+        });
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float sum = run.sum[i];
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+      const int row = first + 2 * q + i, head = kv_head * kGroup + row % kGroup;
+      if (2 * q + i >= rows) continue;
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 8; d++)
+        *out.element(row / kGroup, head * kHeadDim + d * 8 + g) = (u16)round_pair<m.bf16()>(__fdividef(run.out[d / 2][d % 2 * 2 + i], sum), 0.0f);
+    }
+  }
+}
+}  // namespace prompt

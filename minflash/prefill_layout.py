@@ -1,0 +1,75 @@
+"""What the kernel that reads long prompts needs: its workspace and its count of barriers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .config import ModelConfig
+from .packing import Layout
+from .tuning import Tuning
+
+PREFILL_TILE = 128  # tokens of one tile of a product, as kColumns of cuda/tiles.cuh
+_PHASES_PER_LAYER = 8  # a matrix whose columns' sums are needed has one more
+
+
+def prefill_tokens(tuning: Tuning, max_context: int) -> int:
+    """Tokens of a prompt that there is room for in one launch: whole tiles, no more than needed."""
+    most = tuning.prefill_tokens // PREFILL_TILE * PREFILL_TILE
+    return min(most, -(-max_context // PREFILL_TILE) * PREFILL_TILE)
+
+
+def prefill_token_bytes(config: ModelConfig, layouts: Mapping[str, Layout]) -> dict[str, int]:
+    """Bytes of workspace that one token of a prompt takes, by part, see cuda/prefill.cu."""
+
+    def padded(*kinds: str) -> int:
+        return max(layouts[k].tiles * layouts[k].tile_cols for k in kinds)
+
+    def sums(*kinds: str) -> int:
+        return max(_sum_groups(layouts[kind]) for kind in kinds)
+
+    inputs = ("wqkv", "w_gate_up")
+    qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    return {
+        "tokens": 4, "residual": 4 * config.dim, "qkv": 4 * qkv,
+        "x": 2 * padded(*inputs), "attended": 2 * padded("wo"), "hidden": 2 * padded("w_down"),
+        "x_sums": 4 * sums(*inputs), "attended_sums": 4 * sums("wo"),
+        "hidden_sums": 4 * sums("w_down"),
+    }  # fmt: skip
+
+
+def _sum_groups(layout: Layout) -> int:
+    """Groups of columns whose sums the kernel needs, as Matrix::has_sums of cuda/tensor.cuh."""
+    if layout.type not in ("int8", "int4"):
+        return 0
+    return layout.tiles * layout.tile_cols // layout.group_size
+
+
+def prefill_barriers(config: ModelConfig, layouts: Mapping[str, Layout]) -> int:
+    """Grid barriers of one launch: the last layer ends with its keys and values."""
+    phases = _PHASES_PER_LAYER + sum(_sum_groups(layouts[kind]) > 0 for kind in ("wo", "w_down"))
+    return (config.n_layers - 1) * phases + 2
+
+
+_PREFILL_TYPES = {
+    "tokens": "int", "residual": "float", "qkv": "float", "x": "u8", "attended": "u8",
+    "hidden": "u8", "x_sums": "float", "attended_sums": "float", "hidden_sums": "float",
+}  # fmt: skip
+
+
+def prefill_struct(begin: int, per_token: Mapping[str, int]) -> str:
+    """Parts lie one after another, each args.prefill_tokens times its bytes of one token long."""
+    members, before = [], 0
+    for name, nbytes in per_token.items():
+        c_type = _PREFILL_TYPES[name]
+        members.append(
+            f"  __device__ __forceinline__ {c_type}* {name}() const {{ return ({c_type}*)"
+            f"(args.workspace + {begin} + (u64)args.prefill_tokens * {before}); }}"
+        )
+        before += nbytes
+    head = [
+        "struct PrefillWorkspace {",
+        "  const StepArgs& args;",
+        "  __device__ __forceinline__ explicit PrefillWorkspace(const StepArgs& args)"
+        " : args(args) {}",
+    ]
+    return "\n".join([*head, *members, "};"])

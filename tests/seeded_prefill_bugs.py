@@ -1,0 +1,144 @@
+"""Bugs planted in the kernel that reads long prompts, and whether the emulated device notices.
+
+``python tests/seeded_prefill_bugs.py`` plants each one in turn and prints the table of
+docs/kernel.md.
+"""
+
+# ruff: noqa: E501 - patterns of whole lines of the source
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from emulator import ORDERS, SANITIZER_EXIT_CODE, EmulatorError, run_sanitized
+from kernel_models import (
+    Machine,
+    RandomModel,
+    Run,
+    both_references,
+    bound,
+    default_kv_type,
+    fill_cache,
+    model_config,
+    random_tokens,
+    read_cache,
+)
+from seeded_bugs import DROPPED, Bug
+
+from minflash.codegen import generate
+from minflash.errors import DeviceError
+from minflash.tuning import DeviceFacts, choose
+
+MARK = "namespace prompt"  # in the source of this kernel alone
+KINDS = ("grid barrier", "barrier of a block", "barrier of a warp")
+
+BUGS = (
+    Bug("stages: nobody waits for copies", r"cp_async_wait_group<kStages - 2>\(\);"),
+    Bug("stages: one copy too many may be on its way", r"cp_async_wait_group<kStages - 2>", "cp_async_wait_group<kStages - 1>"),
+    Bug("stages: the one that is read is filled", r"filling = kStages - 1;", "filling = 0;"),
+    Bug("products: sums go on into the next tile", r"low\[c\] = low\[c \+ 1\] = high\[c\] = high\[c \+ 1\] = 0;"),
+    Bug("products: sums of columns are those of the first half", r" \+ c / 2 \* 8\];", "];"),
+    Bug("products: the high nibbles count 16-fold", r"i / 2 \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
+    Bug("attention: a position too many", r"position <= own &&", "position <= own + 1 &&"),
+    Bug("attention: the window is one too wide", r"position > own - window\)", "position >= own - window)"),
+    Bug("attention: the last block is left out", r"from > last\) break", "from + 16 > last) break"),
+    Bug("the residual is stored, not added", r"red_add\(at, v\.x\);", "*at = v.x;"),
+)  # fmt: skip
+
+
+def model() -> RandomModel:
+    """Integer weights, windows, several KV heads, padded columns, tiles of rows that are not full."""
+    config = model_config(
+        dim=160, hidden_dim=288, n_heads=6, n_kv_heads=2, n_layers=3, windows=(30, 0, 0), qk_norm=True
+    )  # fmt: skip
+    return RandomModel(config, "int4", 32, ("int8", 32))
+
+
+def dropped() -> Iterator[Bug]:
+    """One bug for every barrier of the kernel's own files."""
+    planted = model()
+    source = generate(
+        planted.config,
+        planted.matrices,
+        choose(planted.config, planted.matrices, DeviceFacts(90, 7, 232448)),
+    ).prefill_source
+    for kind in KINDS:
+        for index, match in enumerate(re.finditer(DROPPED[kind], source)):
+            file = re.findall(r'#line \d+ "(\S+)"', source[: match.start()])[-1]
+            if not file.startswith(("gemm", "tiles", "prefill")):
+                continue
+            comment = match[0].partition("//")[2].strip()
+            yield Bug(
+                f"no {kind}: {file}: {comment}", DROPPED[kind], "", index, int(kind[0] == "g")
+            )
+
+
+def symptom(bug: Bug | None) -> str | None:
+    """How the bug shows, or None, in all orders of warps and copies."""
+    edit = None if bug is None else lambda text: bug.edit(text) if MARK in text else text
+    try:
+        for grid in (7, 1):
+            for seed, order in enumerate(ORDERS):
+                run = Run(grid, order, seed, edit=edit, timeout_s=2)
+                if found := wrong_value(run, bug):
+                    return f"{found} ({grid} blocks, {order})"
+    except EmulatorError as error:
+        return "report: " + str(error).partition(": ")[2].splitlines()[0]
+    except DeviceError:
+        return "watchdog"
+    return None
+
+
+def wrong_value(run: Run, bug: Bug | None) -> str | None:
+    """Which values of the cache are wrong after two launches that follow a past."""
+    planted, machine = model(), Machine("emulated")
+    step, pair = machine.open(planted, run), both_references(planted)
+    if bug is not None and bug.barriers_per_layer:
+        early = bug.index < 2  # those before the last layer ends
+        fewer = planted.config.n_layers - (not early)
+        barriers = step.program.prefill_barriers - fewer
+        step.program = replace(step.program, prefill_barriers=barriers)
+    fill_cache(step, pair, 21, default_kv_type(planted))
+    tokens = random_tokens(planted.config, 150)
+    step.prefill(tokens[:133], 21)
+    step.prefill(tokens[133:], 154)
+    step.wait()
+    for reference in pair:
+        reference.forward(tokens, 21)
+    for name, bits in zip(("_keys", "_values"), read_cache(step), strict=True):
+        exact, rounded = (getattr(r, name)[:, :, :171].astype(np.float64) for r in pair)
+        found = bits[:, :, :171].view(np.float16)
+        for layer in range(planted.config.n_layers):
+            limit = bound(exact[layer], rounded[layer])
+            if not np.abs(found[layer] - exact[layer]).max() <= limit:
+                return f"{name[1:]} of layer {layer}"
+        if bits[:, :, 171:].any():
+            return "values past the chunk"
+    machine.close()
+    return None
+
+
+def caught_by_thread_sanitizer(index: int) -> bool:
+    done = run_sanitized([__file__, "sanitized", str(index)], "thread", timeout_s=300)
+    return done.returncode == SANITIZER_EXIT_CODE
+
+
+def main() -> None:
+    if found := symptom(None):
+        sys.exit(f"the right source shows: {found}")
+    for index, bug in enumerate([*BUGS, *dropped()]):
+        found = symptom(bug)
+        if found is None:
+            found = "ThreadSanitizer" if caught_by_thread_sanitizer(index) else "NOT CAUGHT"
+        print(f"| {bug.what} | {found} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["sanitized"]:
+        symptom([*BUGS, *dropped()][int(sys.argv[2])])
+    else:
+        main()
