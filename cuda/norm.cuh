@@ -154,21 +154,26 @@ __device__ void load_normed(Exchange<Map>& exchange, const Residual<Map>& residu
 #pragma unroll 1
     for (int round = 0; round < S::kRounds; round += kBatch) {
       if (!kKeep) read_batch(round, begin, end);
-      constexpr int kWeights = smaller(kBatch, kTagged<Map> ? 1 : 8);  // on their way at a time
-      float w[kWeights][kUnit];
+      // With several columns all weights of the batch are asked for first; with one there are no registers for
+      // them, and the compiler moves as many reads together as it can.
+      float ahead[kTagged<Map> ? 1 : kBatch][kUnit];
+      if constexpr (!kTagged<Map>)
+#pragma unroll
+        for (int i = 0; i < kBatch; i++)
+          if (begin + S::unit(round + i) < kEnd && S::unit(round + i) < end) read_weight(begin + S::unit(round + i), ahead[i]);
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        if (i % kWeights == 0)
-#pragma unroll
-          for (int k = 0; k < kWeights; k++)
-            if (begin + S::unit(round + i + k) < kEnd && S::unit(round + i + k) < end) read_weight(begin + S::unit(round + i + k), w[k]);
         if (round + i >= S::kRounds) break;
         const int unit = S::unit(round + i);
         u32 rounded[kUnit / 2] = {};
-        if (begin + unit < kEnd && unit < end)
+        if (begin + unit < kEnd && unit < end) {
+          float own[kUnit];
+          if constexpr (kTagged<Map>) read_weight(begin + unit, own);
+          const float(&w)[kUnit] = kTagged<Map> ? own : ahead[kTagged<Map> ? 0 : i];
 #pragma unroll
           for (int j = 0; j < kUnit / 2; j++)
-            rounded[j] = round_pair<m.bf16()>(v[i][2 * j] * (scale * w[i % kWeights][2 * j]), v[i][2 * j + 1] * (scale * w[i % kWeights][2 * j + 1]));
+            rounded[j] = round_pair<m.bf16()>(v[i][2 * j] * (scale * w[2 * j]), v[i][2 * j + 1] * (scale * w[2 * j + 1]));
+        }
         put_rounded<Map, m, kUnit>(column, round + i, end, rounded, carried);
       }
     }
