@@ -99,7 +99,8 @@ class Program:
     tuning: Tuning
     args: np.dtype[np.void]
     workspace: Mapping[str, int]  # offsets in bytes; "total" is the size
-    barriers: int  # grid barriers of one step of several columns; phases of any, less its head
+    phases: int  # of one step: the embedding, the layers', the head
+    barriers: int  # grid barriers of one step of several columns
     prefill_barriers: int
     prefill_tokens: int  # most of one launch; 0: none
     tail_barriers: int = TAIL_BARRIERS  # more where a step ranks the vocabulary
@@ -157,10 +158,10 @@ def generate(
         join_sources(resource_dir("cuda"), root, {"config.cuh": constants})
         for root in ("step.cu", "prefill.cu")
     )
-    # The embedding is a phase, too.
+    phases = 1 + PHASES_PER_LAYER * config.n_layers + 1
     return Program(
         source, prefill_source, weights, maps, tuning, args, workspace,
-        PHASES_PER_LAYER * config.n_layers + 1, prefill_barriers(config, layouts), tokens,
+        phases, phases - 1, prefill_barriers(config, layouts), tokens,
     )  # fmt: skip
 
 

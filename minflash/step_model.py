@@ -182,7 +182,7 @@ class StepModel:
             self._reset_barrier()
         self._args["barrier_base"] = self._arrivals & 0xFFFFFFFF
         self._args["first_phase"] = self._phases & 0xFFFFFFFF
-        self._phases += self.program.barriers + 1  # the head is a phase, too
+        self._phases += self.program.phases
         self._launching = True
         self._launch[kernel](self._args)
         barriers = self.program.barriers_of(kernel, ranks=ranks)
@@ -268,7 +268,7 @@ class StepModel:
         """
         assert self.program.tuning.profile, "the in-kernel timer is not compiled in"
         self.wait()
-        phases = self.program.barriers
+        phases = self.program.phases - 1  # the embedding is not timed
         marks = np.empty((self.program.tuning.grid, phases, PROFILE_MARKS), np.uint64)
         self.device.download(self._workspace + self.program.workspace["profile"], marks)
         return marks

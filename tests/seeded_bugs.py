@@ -47,7 +47,8 @@ class Bug:
     text: str = ""
     index: int = 0
     barriers_per_layer: int = 0  # fewer than in the right source
-    barriers_of_tail: int = 0  # likewise
+    barriers_of_step: int = 0  # likewise
+    barriers_of_tail: int = 0
     odd_ring: bool = False  # stages are no multiple of the warps
 
     def edit(self, source: str) -> str:
@@ -63,16 +64,17 @@ class Bug:
 BUGS = (
     Bug("a matrix is streamed before its turn", r"(stream_matrix<Map, tensors::wo>.*;)(\s*)(stream_matrix<Map, tensors::w_gate_up>.*;)", r"\3\2\1"),
     Bug("the ring: stages are not released", r"mbarrier_arrive\(&ring\.empty\[stage\]\);", ";"),
-    Bug("the ring: the producer does not wait for a release", r"wait_parity\(&ring\.empty\[[^;]*;", ";"),
-    Bug("the ring: consumers do not wait for copies", r"wait_parity\(&ring\.full\[stage\][^;]*;"),
+    Bug("the ring: the producer does not wait for a release", r"wait_parity<Map>\(Map::kStages \+ stage[^;]*;", ";"),
+    Bug("the ring: consumers do not wait for copies", r"wait_parity<Map>\(stage, parity, args\);"),
     Bug("the ring: the parity never flips", r"stage -= Map::kStages; parity \^= 1;", "stage -= Map::kStages;"),
-    Bug("the ring: released before it is read", r"(use\(int\(next - begin\)[^;]*;)([^}]*?)(if \(threadIdx\.x % 32 == 0\) mbarrier_arrive\(&ring\.empty\[stage\]\);)", r"\3\1\2"),
+    Bug("the ring: released before it is read", r"(use\(int\(next - begin\)[^;]*;)(\s*)(mbarrier_arrive\(&ring\.empty\[stage\]\);)", r"\3\2\1"),
+    Bug("the ring: a block ends before its copies have landed", r"producer\.drain\(\);"),
     Bug("the ring: a warp may be two phases ahead", r"static_assert\(Map::kStages % kWarps[\s\S]*?;", odd_ring=True),
-    Bug("attention: the fresh positions are attended to by every split", r"threadIdx\.x < 32 && u\.split == plan\.splits - 1", "threadIdx.x < 32"),
+    Bug("attention: the fresh positions are attended to by every split", r"(thread_index\(\) / 32 == kWarps - 1) && u\.split == plan\.splits - 1", r"\1"),
     Bug("attention: a position too many", r"return position < plan\.position &&", "return position <= plan.position &&"),
     Bug("attention: the window is one too wide", r"position > plan\.position \+ column_of\((\w+)\) - window", r"position >= plan.position + column_of(\1) - window"),
     Bug("attention: columns see later columns", r"offset <= column && ", ""),
-    Bug("attention: arrivals are not reset", r"if \(\*last\) arrivals\[team\] = 0;"),
+    Bug("attention: arrivals are not reset", r"atom_inc_acq_rel_gpu\((work\.arrivals\(\) \+ team), plan\.splits - 1\)", r"atom_add_acq_rel_gpu(\1, 1)"),
     Bug("sampling: arrivals are not reset", r"if \(\*last\) \*arrivals = 0;"),
     Bug("sampling: noise of the position before", r"args\.position \+ args\.n_columns\)", "args.position + args.n_columns - 1)"),
     Bug("sampling: the tail is not emptied", r"(i < kTailBytes / 4; i \+= kConsumers\)) words\[i\] = 0;", r"\1;"),
@@ -86,7 +88,17 @@ BUGS = (
     Bug("log-probabilities: of equal logits the last comes first", r"list\[j\]\.token < mine\.token", "list[j].token > mine.token"),
     Bug("int4: the high nibbles count 16-fold", r"high_row \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
     Bug("the bias of int8's zero is forgotten", r"t0 = -128\.0f \* s0, t1 = -128\.0f \* s1", "t0 = 0, t1 = 0"),
-    Bug("the residual is stored, not added", r"red_add\((work\.residual\(\)[^,]*), ([^;]*)\);", r"*(\1) = \2;"),
+    Bug("the residual is stored, not added: several columns", r"red_add\((plain [^,]*), v\);", r"*(\1) = v;"),
+    Bug("the residual is stored, not added: one column", r"__uint_as_float\(old\[0\]\) \+ v\)", "v)"),
+    Bug("words: pairs are taken whatever their number", r"late \|= u32\(v\[i\]\.x >> 32\) \^ tag \| u32\(v\[i\]\.y >> 32\) \^ tag;", ";"),
+    Bug("words: the second of a pair is taken whatever its number", r" \| u32\(v\[i\]\.y >> 32\) \^ tag;", ";"),
+    Bug("words: single ones are taken whatever their number", r"late \|= seen \^ tag;", "late |= 0;"),
+    Bug("words: pairs of a phase too early are awaited", r"exchange\.get\(words, index, some, 1, pairs\)", "exchange.get(words, index, some, 2, pairs)"),
+    Bug("words: the embedding is looked for two phases late", r"(add_to_residual\(wo_bias, column, row, low, old\.low), 3\)", r"\1, 1)"),
+    Bug("words: the residual is looked for a phase early", r"(add_to_residual\(w_down_bias, column, row, low, old\.low), 2\)", r"\1, 3)"),
+    Bug("words: the number comes before the value", r"st_relaxed_gpu\(word, \(u64\)phase << 32 \| value\);", "st_relaxed_gpu(word, (u64)phase << 32); st_relaxed_gpu(word, (u64)phase << 32 | value);"),
+    Bug("words: all steps have the same numbers", r"phase\(args\.first_phase\)", "phase(1)"),
+    Bug("words: a block without rows waits for a product's input", r" && share\.count > 0\) load_panel", ") load_panel"),
 )  # fmt: skip
 
 SAMPLINGS = (
@@ -100,7 +112,7 @@ SAMPLINGS = (
 
 # Bugs of synchronisation: each barrier of the source is dropped in turn.
 DROPPED = {
-    "grid barrier": r"\bgrid\.sync\(\);[^\n]*",
+    "grid barrier": r"\b(?:grid\.sync|exchange\.next)\(\);(?=  //)[^\n]*",
     "barrier of a block": r"(?<!void )\bsync_consumers\(\);[^\n]*",
     "barrier of a warp": r"__syncwarp\(\);[^\n]*",
     "barrier before the roles part": r"__syncthreads\(\);[^\n]*",
@@ -133,7 +145,11 @@ def source() -> str:
 
 
 def dropped() -> Iterator[Bug]:
-    """One bug for every barrier of the source, named by its comment or what stands before it."""
+    """One bug for every barrier of the source, named by its comment or what stands before it.
+
+    The end of a phase is dropped for several columns, where it is a barrier, and for one column,
+    where it counts phases.
+    """
     text = source()
     for kind, pattern in DROPPED.items():
         for index, match in enumerate(re.finditer(pattern, text)):
@@ -141,9 +157,16 @@ def dropped() -> Iterator[Bug]:
             comment = match[0].partition("//")[2].strip()
             before = re.split(r"[;{}]\s*", text[: match.start()].rstrip(" {;}\n"))[-1].strip()
             where = comment or "after " + " ".join(before.split())[:50]
-            of_tail, grid = file == "sampler.cuh", kind == "grid barrier"
-            fewer = int(grid and not of_tail), int(grid and of_tail)
-            yield Bug(f"dropped {kind}: {file}: {where}", pattern, "", index, *fewer)
+            what = f"{file}: {where}"
+            if kind != "grid barrier":
+                yield Bug(f"no {kind}: {what}", pattern, ";", index)
+            elif file == "sampler.cuh":
+                yield Bug(f"no {kind}: {what}", pattern, ";", index, barriers_of_tail=1)
+            else:
+                layer, step = (0, 1) if "embedding" in comment else (1, 0)
+                text_of = "if constexpr ({}kTagged<Map>) exchange.next();"
+                yield Bug(f"no {kind}: {what}", pattern, text_of.format(""), index, layer, step)
+                yield Bug(f"no next phase: {what}", pattern, text_of.format("!"), index)
 
 
 def symptom(bug: Bug | None, *, timeout_s: float = 2) -> str | None:
@@ -183,13 +206,14 @@ def wrong_value(model: RandomModel, run: Run, bug: Bug | None) -> str | None:
     """What is wrong in a series of steps: from the start, after a long past, sampling."""
     machine = Machine("emulated")
     step = machine.open(model, run)
-    fewer, fewer_of_tail = (bug.barriers_per_layer, bug.barriers_of_tail) if bug else (0, 0)
-    program = step.program
-    step.program = replace(
-        program,
-        barriers=program.barriers - fewer * model.config.n_layers,
-        tail_barriers=program.tail_barriers - fewer_of_tail,
-    )
+    if bug is not None:
+        program = step.program
+        fewer = bug.barriers_per_layer * model.config.n_layers + bug.barriers_of_step
+        step.program = replace(
+            program,
+            barriers=program.barriers - fewer,
+            tail_barriers=program.tail_barriers - bug.barriers_of_tail,
+        )
     pair = both_references(model)
     for length in (0, 150):
         fill_cache(step, pair, length, default_kv_type(model))
