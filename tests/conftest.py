@@ -14,6 +14,7 @@ from minflash.blas import prepare_blas
 
 if TYPE_CHECKING:
     import openai
+    from kernel_models import Machine
     from web_server import Server
 
     import minflash
@@ -104,3 +105,13 @@ def _count_gpu(reporter: pytest.TerminalReporter, outcome: str) -> int:
     return sum(
         "gpu" in getattr(report, "keywords", ()) for report in reporter.stats.get(outcome, [])
     )
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Opens models on the emulated device, and on a GPU where there is one."""
+    from kernel_models import Machine
+
+    machine = Machine(request.param)
+    yield machine
+    machine.close()

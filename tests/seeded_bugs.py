@@ -16,6 +16,7 @@ from itertools import product
 
 import numpy as np
 from emulator import ORDERS, SANITIZER_EXIT_CODE, EmulatorError, run_sanitized
+from kernel_cache import fill_cache
 from kernel_models import (
     Machine,
     RandomModel,
@@ -25,7 +26,6 @@ from kernel_models import (
     crowded_model,
     default_kv_type,
     feed,
-    fill_cache,
     model_config,
     random_tokens,
 )

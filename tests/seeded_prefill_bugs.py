@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 from emulator import ORDERS, SANITIZER_EXIT_CODE, EmulatorError, run_sanitized
+from kernel_cache import fill_cache, read_cache
 from kernel_models import (
     Machine,
     RandomModel,
@@ -22,10 +23,8 @@ from kernel_models import (
     both_references,
     bound,
     default_kv_type,
-    fill_cache,
     model_config,
     random_tokens,
-    read_cache,
 )
 from seeded_bugs import DROPPED, Bug
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from kernel_cache import fill_cache
 from kernel_models import (
     Machine,
     RandomModel,
@@ -17,7 +18,6 @@ from kernel_models import (
     both_references,
     default_kv_type,
     feed,
-    fill_cache,
     model_config,
     random_tokens,
     references,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import emulator
 import numpy as np
 import pytest
 from emulator import ORDERS
+from kernel_cache import fill_cache, read_cache
 from kernel_models import (
     Machine,
     RandomModel,
@@ -24,10 +25,8 @@ from kernel_models import (
     bound,
     default_kv_type,
     feed,
-    fill_cache,
     model_config,
     random_tokens,
-    read_cache,
 )
 from seeded_bugs import DROPPED, Bug
 from seeded_prefill_bugs import BUGS, symptom
@@ -41,13 +40,6 @@ pytestmark = pytest.mark.skipif(
     shutil.which(emulator.compiler()) is None, reason="the emulated device needs g++"
 )
 SMALL = ("bf16", "int4 64, 3 layers, windows 40, 0, 9")
-
-
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    machine = Machine(request.param)
-    yield machine
-    machine.close()
 
 
 def prefill(step: StepModel, tokens: Sequence[int], widths: Sequence[int], begin: int = 0) -> None:

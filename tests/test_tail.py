@@ -7,7 +7,7 @@ exp; on the emulated device and, where there is one, on a GPU.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,13 +34,6 @@ ANSWER = [7, 7, 300, 330, 7]
 ENDS = frozenset({0, 15, 330})
 BIAS = ((0, 3.5), (9, -100.0), (64, 1.25), (330, 2.0))
 PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
-
-
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    machine = Machine(request.param)
-    yield machine
-    machine.close()
 
 
 @pytest.fixture(scope="module")

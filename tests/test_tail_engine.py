@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import emulator
@@ -22,13 +22,6 @@ from minflash.sampling import Sampling, adjusted, sample
 pytestmark = pytest.mark.skipif(
     shutil.which(emulator.compiler()) is None, reason="the emulated device needs g++"
 )
-
-
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    machine = Machine(request.param)
-    yield machine
-    machine.close()
 
 
 @pytest.fixture(scope="module")
