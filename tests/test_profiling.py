@@ -22,7 +22,7 @@ def profiled() -> StepModel:
     run = Run(GRID)
     machine = Machine("emulated")
     device = machine.open(model, run).device
-    choice = tuning(model.config, run, device.facts)
+    choice = tuning(model, run, device.facts)
     step = StepModel(model, device, 64, tuning=replace(choice, profile=True))
     step.step([1, 2, 3], 0)
     step.step([4], 3)

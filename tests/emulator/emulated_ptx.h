@@ -269,7 +269,7 @@ inline u64 ld_cg(const u64* p) { return *p; }
 inline uint2 ld_cg(const uint2* p) { return *p; }
 
 inline float4 ld_nc(const float4* p) { return *p; }
-inline void prefetch_l2(const void*) {}
+inline void prefetch_l2(const void* p) { (void)p; }
 inline float2 ld_nc(const float2* p) { return *p; }
 inline u32 thread_index() { return threadIdx.x; }
 inline u64 globaltimer_ns() { return emulated::clock_ns(); }
