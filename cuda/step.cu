@@ -1,4 +1,4 @@
-// One decode step, from token ids to the chosen token: the only kernel of minflash.
+// One decode step, from token ids to the chosen token. (Long prompts have a kernel of their own, prefill.cu.)
 //
 // One block an SM. The producer warp streams weights and KV cache through shared memory from the first
 // layer to the head without ever waiting for another block; the consumer warps compute, phase by phase.

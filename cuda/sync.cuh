@@ -47,8 +47,8 @@ __device__ __noinline__ u64 look_around(const StepArgs& args, u64 since_ns, u32 
   return kGivenUp;
 }
 
-// All blocks wait for all blocks; only thread 0 looks. After an alarm nobody waits any more: the step runs to its end on
-// garbage, the ring empties as usual, and the host throws the result away.
+// All blocks wait for all blocks; only thread 0 looks. After an alarm nobody waits any more: the step runs to
+// its end on garbage, the ring empties as usual, and the host throws the result away.
 struct GridBarrier {
   const StepArgs& args;
   u32 target;          // arrivals to wait for, counted since the workspace was made; wraps
