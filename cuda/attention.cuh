@@ -103,6 +103,9 @@ struct Turns {
 template <class Map>
 using Qkv = Floats<Map, (model::kHeads + 2 * model::kKvHeads) * kHeadDim>;
 
+template <class Map>
+using Attended = Halves<Map, model::kHeads * kHeadDim>;
+
 // Norm and rotation of the head that begins at `first`, by one warp; put(dim, value).
 template <class Map, class Put>
 __device__ __forceinline__ void rotate_head(Exchange<Map>& exchange, const Qkv<Map>& qkv, int column, int first, const float* norm_weight,
@@ -365,7 +368,7 @@ __device__ __forceinline__ void combine(const Exchange<Map>& exchange, const Pla
 // Attention's phase; out has the type that wo multiplies with.
 template <class Map, bool kOutBf16>
 __device__ void run(Consumer<Map>& consumer, Exchange<Map>& exchange, Deal& deal, const Plan<Map>& plan, int window,
-                    const Qkv<Map>& qkv, const float* q_norm, const float* k_norm, u8* cache, const Halves<Map, model::kHeads * kHeadDim>& out) {
+                    const Qkv<Map>& qkv, const float* q_norm, const float* k_norm, u8* cache, const Attended<Map>& out) {
   const Deal::Share share = deal.take(plan.units());
   consumer.profile.mark(kBegin);
 #pragma unroll 1

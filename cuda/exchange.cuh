@@ -34,8 +34,8 @@ struct Exchange {
   template <int kWords>
   __device__ __forceinline__ void await_last(const u64* words, int spread, u32 ago) {
     if constexpr (kWords > 64) {
-      if (threadIdx.x % 32 == 0) {
-        const u64* word = words + kWords - 1 - spread * int(threadIdx.x / 32) % kWords;
+      if (thread_index() % 32 == 0) {
+        const u64* word = words + kWords - 1 - spread * int(thread_index() / 32) % kWords;
         Looks looks;
         u32 seen;
         do seen = u32(ld_relaxed_gpu(word) >> 32);
@@ -45,18 +45,18 @@ struct Exchange {
     }
   }
 
-  // Pairs of words, written `ago` phases before this one, all on their way at once.
+  // Pairs first, first + 32, ... of words that the phase before wrote, all on their way at once.
   template <int kPairs>
-  __device__ __forceinline__ void get(const u64* words, const int (&index)[kPairs], const bool (&wanted)[kPairs], u32 ago,
-                                      ulonglong2 (&v)[kPairs]) {
-    const u32 tag = phase - ago;
+  __device__ __forceinline__ void get(const u64* words, int first, const bool (&wanted)[kPairs], ulonglong2 (&v)[kPairs]) {
+    const ulonglong2* at = reinterpret_cast<const ulonglong2*>(words) + first;
+    const u32 tag = phase - 1;
     Looks looks;
     u32 late;
     do {
       late = 0;
 #pragma unroll
       for (int i = 0; i < kPairs; i++)
-        if (wanted[i]) v[i] = ld_relaxed_gpu(reinterpret_cast<const ulonglong2*>(words) + index[i]);
+        if (wanted[i]) v[i] = ld_relaxed_gpu(at + 32 * i);
 #pragma unroll
       for (int i = 0; i < kPairs; i++)
         if (wanted[i]) late |= u32(v[i].x >> 32) ^ tag | u32(v[i].y >> 32) ^ tag;
@@ -96,32 +96,31 @@ struct Floats {
     if constexpr (kTagged<Map>) return {ld_relaxed_gpu(words + row), ld_relaxed_gpu(words + row + 8)};
     else return {};
   }
-  // Units unit[i] of kUnit values, of the phase before: what a lane reads at once, so that a warp reads
-  // whole lines.
+  // Units first, first + 32, ... of kUnit values, of the phase before: a unit is what a lane reads at once, so
+  // that a warp reads whole lines.
   static constexpr int kUnit = kTagged<Map> ? 2 : 4;
   template <int kUnits>
-  __device__ __forceinline__ void get(Exchange<Map>& exchange, int column, const int (&unit)[kUnits], const bool (&wanted)[kUnits],
+  __device__ __forceinline__ void get(Exchange<Map>& exchange, int column, int first, const bool (&wanted)[kUnits],
                                       float (&v)[kUnits][kUnit]) const {
     if constexpr (kTagged<Map>) {
       exchange.template await_last<kWidth>(words, 16, 1);
       constexpr int kAtOnce = kUnits <= 8 || kUnits % 8 ? kUnits : 8;
 #pragma unroll
-      for (int first = 0; first < kUnits; first += kAtOnce) {
-        int index[kAtOnce];
+      for (int begin = 0; begin < kUnits; begin += kAtOnce) {
         bool some[kAtOnce];
         ulonglong2 pairs[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++) index[i] = unit[first + i], some[i] = wanted[first + i];
-        exchange.get(words, index, some, 1, pairs);
+        for (int i = 0; i < kAtOnce; i++) some[i] = wanted[begin + i];
+        exchange.get(words, first + 32 * begin, some, pairs);
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++)
-          if (some[i]) v[first + i][0] = __uint_as_float(u32(pairs[i].x)), v[first + i][1] = __uint_as_float(u32(pairs[i].y));
+          if (some[i]) v[begin + i][0] = __uint_as_float(u32(pairs[i].x)), v[begin + i][1] = __uint_as_float(u32(pairs[i].y));
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kUnits; i++)
         if (wanted[i]) {
-          const uint4 bits = ld_cg(reinterpret_cast<const uint4*>(plain + column * kWidth) + unit[i]);
+          const uint4 bits = ld_cg(reinterpret_cast<const uint4*>(plain + column * kWidth) + first + 32 * i);
           v[i][0] = __uint_as_float(bits.x), v[i][1] = __uint_as_float(bits.y);
           v[i][2] = __uint_as_float(bits.z), v[i][3] = __uint_as_float(bits.w);
         }
@@ -200,15 +199,15 @@ struct Halves {
       plain[(u64)column * kWidth + i] = v;
     }
   }
-  // Units unit[i] of kUnit values, two a word of v, of the phase before.
+  // Units first, first + 32, ... of kUnit values, two a word of v, of the phase before.
   static constexpr int kUnit = kTagged<Map> ? 4 : 8;
   template <int kUnits>
-  __device__ __forceinline__ void get(Exchange<Map>& exchange, int column, const int (&unit)[kUnits], const bool (&wanted)[kUnits],
+  __device__ __forceinline__ void get(Exchange<Map>& exchange, int column, int first, const bool (&wanted)[kUnits],
                                       u32 (&v)[kUnits][kUnit / 2]) const {
     if constexpr (kTagged<Map>) {
       exchange.template await_last<kWidth / 2>(words, spread, 1);
       ulonglong2 pairs[kUnits];
-      exchange.get(words, unit, wanted, 1, pairs);
+      exchange.get(words, first, wanted, pairs);
 #pragma unroll
       for (int i = 0; i < kUnits; i++)
         if (wanted[i]) v[i][0] = u32(pairs[i].x), v[i][1] = u32(pairs[i].y);
@@ -216,7 +215,7 @@ struct Halves {
 #pragma unroll
       for (int i = 0; i < kUnits; i++)
         if (wanted[i]) {
-          const uint4 bits = ld_cg(reinterpret_cast<const uint4*>(plain + (u64)column * kWidth) + unit[i]);
+          const uint4 bits = ld_cg(reinterpret_cast<const uint4*>(plain + (u64)column * kWidth) + first + 32 * i);
           v[i][0] = bits.x, v[i][1] = bits.y, v[i][2] = bits.z, v[i][3] = bits.w;
         }
     }

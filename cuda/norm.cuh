@@ -21,6 +21,10 @@ struct LoadShare {
   static constexpr int kUnits = W::kPanelTiles * m.tile_cols() / kUnit;
   static constexpr int kGroupLanes = m.has_sums() ? m.group / kUnit : 1, kGroupRounds = ceil_div(kGroupLanes, 32);
   static constexpr int kRounds = ceil_div(ceil_div(kUnits, kAlone ? 32 : kConsumers), kGroupRounds) * kGroupRounds;
+  // Whether so many units at a time are all there: what is known need not be asked.
+  static __device__ constexpr bool whole(int units, int batch) {
+    return W::kPanels == 1 && units == kRounds * (kAlone ? 32 : kConsumers) && kRounds % batch == 0;
+  }
   static __device__ __forceinline__ int first_column() { return kAlone ? thread_index() / 32 : 0; }
   static __device__ __forceinline__ int unit(int round) {
     return (kAlone ? 0 : thread_index() / 32 * kRounds * 32) + round * 32 + thread_index() % 32;
@@ -63,23 +67,23 @@ __device__ void load_rounded(Exchange<Map>& exchange, const Halves<Map, m.cols>&
   using W = Walk<Map, m>;
   const int begin = panel * S::kUnits, end = W::tiles(panel) * m.tile_cols() / kUnit;
   if (W::kPanels > 1) sync_consumers();  // nobody reads the previous panel any more
-  constexpr int kBatch = smaller(S::kRounds, 8);
+  constexpr int kBatch = smaller(S::kRounds, S::kRounds % 7 ? 8 : 7);
+  constexpr bool kWhole = S::whole(m.cols / kUnit, kBatch);
 #pragma unroll 1
   for (int column = S::first_column(); column < n_columns; column += kWarps) {
     float carried = 0;
 #pragma unroll 1
     for (int round = 0; round < S::kRounds; round += kBatch) {
-      int unit[kBatch];
+      const int first = S::unit(round);
       bool wanted[kBatch];
       u32 v[kBatch][kUnit / 2];  // all on their way before the first is needed
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        unit[i] = begin + S::unit(round + i);
-        wanted[i] = round + i < S::kRounds && unit[i] < m.cols / kUnit && S::unit(round + i) < end;
+        wanted[i] = kWhole || round + i < S::kRounds && begin + first + 32 * i < m.cols / kUnit && first + 32 * i < end;
 #pragma unroll
         for (int j = 0; j < kUnit / 2; j++) v[i][j] = 0;
       }
-      source.get(exchange, column, unit, wanted, v);
+      source.get(exchange, column, begin + first, wanted, v);
 #pragma unroll
       for (int i = 0; i < kBatch; i++)
         if (round + i < S::kRounds) put_rounded<Map, m, kUnit>(column, round + i, end, v[i], carried);
@@ -103,6 +107,15 @@ __device__ __forceinline__ float column_sum(float v) {
   return v;
 }
 
+__device__ __forceinline__ void read_unit(const float* from, int unit, float (&v)[4]) {
+  const float4 at = ld_nc(reinterpret_cast<const float4*>(from) + unit);
+  v[0] = at.x, v[1] = at.y, v[2] = at.z, v[3] = at.w;
+}
+__device__ __forceinline__ void read_unit(const float* from, int unit, float (&v)[2]) {
+  const float2 at = ld_nc(reinterpret_cast<const float2*>(from) + unit);
+  v[0] = at.x, v[1] = at.y;
+}
+
 // RMSNorm(residual) * weight, rounded for m. With one column a thread sums the squares of what it reads, kBatch
 // units at a time; where those are all it keeps them, else it reads them again. The weight is meanwhile on its
 // way from device memory to L2.
@@ -114,33 +127,30 @@ __device__ void load_normed(Exchange<Map>& exchange, const Residual<Map>& residu
   using W = Walk<Map, m>;
   constexpr int kEnd = model::kDim / kUnit, kBatch = smaller(S::kRounds, kTagged<Map> ? 16 : 8);
   constexpr bool kKeep = kTagged<Map> && S::kRounds == kBatch;
+  constexpr bool kWhole = S::whole(kEnd, kBatch);
   static_assert(!kTagged<Map> || W::kPanels == 1, "one column is normed as a whole");
   const int begin = panel * S::kUnits, end = W::tiles(panel) * m.tile_cols() / kUnit;
   if (W::kPanels > 1) sync_consumers();  // nobody reads the previous panel any more
 #pragma unroll 1
   for (int column = S::first_column(); column < n_columns; column += kWarps) {
-    float v[kBatch][kUnit], squares = 0, carried = 0;
-    const auto read_weight = [&](int unit, float(&w)[kUnit]) {
-      if constexpr (kUnit == 4) {
-        const float4 at = ld_nc(reinterpret_cast<const float4*>(norm_weight) + unit);
-        w[0] = at.x, w[1] = at.y, w[2] = at.z, w[3] = at.w;
-      } else {
-        const float2 at = ld_nc(reinterpret_cast<const float2*>(norm_weight) + unit);
-        w[0] = at.x, w[1] = at.y;
-      }
-    };
-    const auto read_batch = [&](int round, int first, int last) {
-      int unit[kBatch];
+    float v[kBatch][kUnit], w[kBatch][kUnit], squares = 0, carried = 0;
+    const auto is_there = [&](int round, int begin, int end) { return kWhole || begin + S::unit(round) < kEnd && S::unit(round) < end; };
+    const auto read_batch = [&](int round, int begin, int end) {
       bool wanted[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        unit[i] = first + S::unit(round + i);
-        wanted[i] = unit[i] < kEnd && S::unit(round + i) < last;
+        wanted[i] = is_there(round + i, begin, end);
 #pragma unroll
         for (int j = 0; j < kUnit; j++) v[i][j] = 0;
-        if (kTagged<Map> && wanted[i] && unit[i] % 16 == 0) prefetch_l2(norm_weight + unit[i] * kUnit);
+        const int unit = begin + S::unit(round + i);
+        if (kTagged<Map> && wanted[i] && unit % 16 == 0) prefetch_l2(norm_weight + unit * kUnit);
       }
-      residual.get(exchange, column, unit, wanted, v);
+      residual.get(exchange, column, begin + S::unit(round), wanted, v);
+    };
+    const auto read_weights = [&](int round, int begin, int end) {  // all on their way before the first is needed
+#pragma unroll
+      for (int i = 0; i < kBatch; i++)
+        if (is_there(round + i, begin, end)) read_unit(norm_weight, begin + S::unit(round + i), w[i]);
     };
     if constexpr (kTagged<Map>)
 #pragma unroll 1
@@ -150,30 +160,19 @@ __device__ void load_normed(Exchange<Map>& exchange, const Residual<Map>& residu
         for (int i = 0; i < kBatch * kUnit; i++) squares += v[i / kUnit][i % kUnit] * v[i / kUnit][i % kUnit];
       }
     else squares = residual.sum_of_squares(column);
+    if (kKeep) read_weights(0, 0, kEnd);
     const float scale = rsqrtf(column_sum<Map>(squares) / model::kDim + model::kNormEps);
 #pragma unroll 1
     for (int round = 0; round < S::kRounds; round += kBatch) {
-      if (!kKeep) read_batch(round, begin, end);
-      // With several columns all weights of the batch are asked for first; with one there are no registers for
-      // them, and the compiler moves as many reads together as it can.
-      float ahead[kTagged<Map> ? 1 : kBatch][kUnit];
-      if constexpr (!kTagged<Map>)
-#pragma unroll
-        for (int i = 0; i < kBatch; i++)
-          if (begin + S::unit(round + i) < kEnd && S::unit(round + i) < end) read_weight(begin + S::unit(round + i), ahead[i]);
+      if (!kKeep) read_batch(round, begin, end), read_weights(round, begin, end);
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
         if (round + i >= S::kRounds) break;
-        const int unit = S::unit(round + i);
         u32 rounded[kUnit / 2] = {};
-        if (begin + unit < kEnd && unit < end) {
-          float own[kUnit];
-          if constexpr (kTagged<Map>) read_weight(begin + unit, own);
-          const float(&w)[kUnit] = kTagged<Map> ? own : ahead[kTagged<Map> ? 0 : i];
+        if (is_there(round + i, begin, end))
 #pragma unroll
           for (int j = 0; j < kUnit / 2; j++)
-            rounded[j] = round_pair<m.bf16()>(v[i][2 * j] * (scale * w[2 * j]), v[i][2 * j + 1] * (scale * w[2 * j + 1]));
-        }
+            rounded[j] = round_pair<m.bf16()>(v[i][2 * j] * (scale * w[i][2 * j]), v[i][2 * j + 1] * (scale * w[i][2 * j + 1]));
         put_rounded<Map, m, kUnit>(column, round + i, end, rounded, carried);
       }
     }

@@ -108,6 +108,11 @@ __device__ __forceinline__ float2 ld_nc(const float2* p) {
   return v;
 }
 
+// The same pointer, of which the compiler does not know it: what is derived from it is derived anew.
+__device__ __forceinline__ u8* anew(u8* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
 // threadIdx.x, read anew: what a phase derives from it is not kept in registers through all other phases.
 __device__ __forceinline__ u32 thread_index() {
   u32 v;

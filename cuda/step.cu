@@ -35,20 +35,21 @@ __device__ void consume(const StepArgs& args) {
   Exchange<Map> exchange(args);
   Deal deal;
   const int n = args.n_columns;
-  const Residual<Map> residual{{work.residual(), work.residual_words()}, work.squares()};
-  const Floats<Map, tensors::wqkv.rows> qkv{work.qkv(), work.qkv_words()};
-  const Halves<Map, tensors::wo.cols> attended{work.attended(), work.attended_words(), tensors::wo.cols / 2 / kWarps};
-  const Halves<Map, model::kHiddenDim> hidden{work.hidden(), work.hidden_words(), 4};
+  // The vectors that blocks exchange. Made where they are used: their addresses would fill the registers.
+  const auto residual = [&] { return Residual<Map>{{work.residual(), work.residual_words()}, work.squares()}; };
+  const auto qkv = [&] { return attention::Qkv<Map>{work.qkv(), work.qkv_words()}; };
+  const auto attended = [&] { return attention::Attended<Map>{work.attended(), work.attended_words(), tensors::wo.cols / 2 / kWarps}; };
+  const auto hidden = [&] { return Halves<Map, model::kHiddenDim>{work.hidden(), work.hidden_words(), 4}; };
 
   const auto embedding = [&](int column, int k8, float (&v)[8]) {
     const int token = args.tokens[column] >= 0 ? args.tokens[column] : (int)ld_cg(work.next_token());
     dequantize_8<tensors::embed>(args.weights + tensors::embed.offset, token, k8 * 8, v);
   };
   using Old = typename Floats<Map, model::kDim>::Rows;
-  const auto fetch_residual = [&](int row) { return residual.fetch(row); };
+  const auto fetch_residual = [&](int row) { return residual().fetch(row); };
 
   attention::Turns<Map>::keep(args);
-  store_share(exchange, residual, n, embedding);
+  store_share(exchange, residual(), n, embedding);
   exchange.next();  // publishes the embedding
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
@@ -61,40 +62,40 @@ __device__ void consume(const StepArgs& args) {
 
     multiply_matrix<Map, tensors::wqkv>(
         consumer, deal, n,
-        [&](int panel) { load_normed<Map, tensors::wqkv>(exchange, residual, vector(tensors::attn_norm), n, panel); },
+        [&](int panel) { load_normed<Map, tensors::wqkv>(exchange, residual(), vector(tensors::attn_norm), n, panel); },
         [&](int row, int column, float low, float high, u32, Nothing) {
-          qkv.put(exchange, column, row, low + (wqkv_bias ? wqkv_bias[row] : 0.0f));
-          qkv.put(exchange, column, row + 8, high + (wqkv_bias ? wqkv_bias[row + 8] : 0.0f));
+          qkv().put(exchange, column, row, low + (wqkv_bias ? wqkv_bias[row] : 0.0f));
+          qkv().put(exchange, column, row + 8, high + (wqkv_bias ? wqkv_bias[row + 8] : 0.0f));
         });
     exchange.next();  // publishes q, k and v of the step's positions
 
     const attention::Plan<Map> plan(n, args.position, model::window(layer));
-    attention::run<Map, tensors::wo.bf16()>(consumer, exchange, deal, plan, model::window(layer), qkv, vector(tensors::q_norm),
-                                            vector(tensors::k_norm), args.kv_cache + layer * args.kv_layer_bytes, attended);
+    attention::run<Map, tensors::wo.bf16()>(consumer, exchange, deal, plan, model::window(layer), qkv(), vector(tensors::q_norm),
+                                            vector(tensors::k_norm), args.kv_cache + layer * args.kv_layer_bytes, attended());
     exchange.next();  // publishes the heads' outputs
 
     multiply_matrix<Map, tensors::wo>(
-        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::wo>(exchange, attended, n, panel); },
+        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::wo>(exchange, attended(), n, panel); },
         [&](int row, int column, float low, float high, u32 lanes, Old old) {
           if (wo_bias) low += wo_bias[row], high += wo_bias[row + 8];
-          residual.add(exchange, column, row, low, high, lanes, old, 3);
+          residual().add(exchange, column, row, low, high, lanes, old, 3);
         },
         fetch_residual);
     exchange.next();  // publishes the residual with attention added
 
     multiply_matrix<Map, tensors::w_gate_up>(
-        consumer, deal, n, [&](int panel) { load_normed<Map, tensors::w_gate_up>(exchange, residual, vector(tensors::ffn_norm), n, panel); },
+        consumer, deal, n, [&](int panel) { load_normed<Map, tensors::w_gate_up>(exchange, residual(), vector(tensors::ffn_norm), n, panel); },
         [&](int row, int column, float gate, float up, u32 lanes, Nothing) {
           if (w_gate_up_bias) gate += w_gate_up_bias[row], up += w_gate_up_bias[row + 8];
-          hidden.put(exchange, column, row / 16 * 8 + row % 8, (u16)round_pair<tensors::w_down.bf16()>(silu(gate) * up, 0.0f), lanes);
+          hidden().put(exchange, column, row / 16 * 8 + row % 8, (u16)round_pair<tensors::w_down.bf16()>(silu(gate) * up, 0.0f), lanes);
         });
     exchange.next();  // publishes SwiGLU's result
 
     multiply_matrix<Map, tensors::w_down>(
-        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::w_down>(exchange, hidden, n, panel); },
+        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::w_down>(exchange, hidden(), n, panel); },
         [&](int row, int column, float low, float high, u32 lanes, Old old) {
           if (w_down_bias) low += w_down_bias[row], high += w_down_bias[row + 8];
-          residual.add(exchange, column, row, low, high, lanes, old, 2);
+          residual().add(exchange, column, row, low, high, lanes, old, 2);
         },
         fetch_residual);
     exchange.next();  // publishes the layer's output
@@ -104,7 +105,7 @@ __device__ void consume(const StepArgs& args) {
   const float* final_norm = reinterpret_cast<const float*>(args.weights + tensors::final_norm);
   sampler::Choice<Map> choice(args);
   multiply_matrix<Map, tensors::head>(
-      consumer, deal, n, [&](int panel) { load_normed<Map, tensors::head>(exchange, residual, final_norm, n, panel); },
+      consumer, deal, n, [&](int panel) { load_normed<Map, tensors::head>(exchange, residual(), final_norm, n, panel); },
       [&](int row, int column, float low, float high, u32, Nothing) {
         if (row < model::kVocab) choice.see(low, column, row);
         if (row + 8 < model::kVocab) choice.see(high, column, row + 8);

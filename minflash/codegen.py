@@ -366,7 +366,7 @@ def _workspace(config: ModelConfig, tuning: Tuning, prefill_bytes: int) -> dict[
 def _workspace_struct(workspace: Mapping[str, int]) -> str:
     members = [
         f"  __device__ __forceinline__ {c_type}* {name}() const {{ "
-        f"return ({c_type}*)(args.workspace + {workspace[name]}); }}"
+        f"return ({c_type}*)(anew(args.workspace) + {workspace[name]}); }}"
         for name, c_type in _WORKSPACE_TYPES.items()
     ]
     head = [

@@ -23,7 +23,8 @@ from kernel_models import (
     references,
     without_last_block,
 )
-from test_kernel import MODELS, SAMPLINGS, TYPES, assert_sampled
+from test_kernel import MODELS, TYPES
+from test_kernel_sampling import SAMPLINGS, assert_sampled
 
 from minflash.errors import DeviceError
 from minflash.sampling import Sampling

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from emulator import ORDERS
 from kernel_models import Machine, RandomModel, Run, crowded_model, model_config
-from test_kernel import assert_sampled
+from test_kernel_sampling import assert_sampled
 
 from minflash.codegen import generate
 from minflash.quantize import quantize
