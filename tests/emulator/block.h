@@ -95,7 +95,7 @@ struct Block {
 };
 
 thread_local Thread* current;
-static thread_local Block* block __attribute__((tls_model("initial-exec")));
+static thread_local Block* block;
 
 static Fiber& self() { return *static_cast<Fiber*>(current); }
 

@@ -11,8 +11,8 @@ typedef unsigned long long u64;
 
 struct Index { u32 x, y, z; };
 struct Thread { Index thread, block, threads, grid; };
-// The CUDA thread that runs now. initial-exec: one instruction to read, also from a shared library.
-extern thread_local Thread* current __attribute__((tls_model("initial-exec")));
+// The CUDA thread that runs now.
+extern thread_local Thread* current;
 
 u8* dynamic_smem();
 u32 smem_offset(const void* p);
