@@ -2,8 +2,8 @@
 
 A kernel compiled with ``Tuning.profile`` notes the clock in each block and phase: when the phase
 begins, when its activations are loaded, when its part of the weights is used up, and when its
-results are written. Until the next phase begins the block waits at the grid barrier
-(cuda/profile.cuh).
+results are written. With several columns the block then waits at the grid barrier; with one there
+is none, and waiting for other blocks is part of loading (cuda/profile.cuh, cuda/exchange.cuh).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PHASES = ("qkv", "attention", "out", "gate and up", "down")  # of a layer; after
 class PhaseTime:
     """Microseconds of one phase in one layer: means over blocks and layers, which add up.
 
-    ``stall_us`` is the wait at the grid barrier; ``most_work_us`` what the slowest block took to
-    get there. The head has no barrier after it.
+    ``stall_us`` is the wait at the grid barrier, near zero with one column; ``most_work_us`` what
+    the slowest block took to get there. The head has no barrier after it.
     """
 
     phase: str
