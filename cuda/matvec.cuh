@@ -35,7 +35,7 @@ struct Walk {
   static constexpr int kStride = (kPanelTiles * m.tile_cols() * 2 + 127) / 128 * 128 + 64;  // two columns meet different banks
   static constexpr int kSums = m.has_sums() ? kPanelTiles * m.tile_cols() / m.group : 0;
   static constexpr int kSumsAt = Map::kColumns * kStride, kPartialsAt = (kSumsAt + 4 * Map::kColumns * kSums + 15) / 16 * 16;
-  static constexpr int kWindow = smaller(32, (Map::kReduce - kPartialsAt) / (kWarps * 16 * Map::kColumns * 4));
+  static constexpr int kWindow = smaller(kConsumers / 8, (Map::kReduce - kPartialsAt) / (kWarps * 16 * Map::kColumns * 4));
   static_assert(kWindow >= 1, "shared_map left no room for partial sums");
 };
 
