@@ -7,11 +7,9 @@
 // so that a lane's fragment is 16 consecutive bytes. Scores are K times queries, outputs V times weights:
 // the queries are always the 8 columns of an mma, and a transposed register carries weights over.
 #pragma once
-#include "norm.cuh"
-#include "rope.cuh"
+#include "heads.cuh"
 
 namespace attention {
-constexpr int kHeadDim = model::kHeadDim;
 constexpr int kGroup = model::kHeads / model::kKvHeads;  // query heads of a KV head
 constexpr int kHalfBytes = 16 * kHeadDim * 2;            // K or V of one block of positions
 constexpr int kBlockBytes = 2 * kHalfBytes;
@@ -84,20 +82,16 @@ struct Scratch {
   }
 };
 
-// Rotations of the pairs of a head. With one column they are the same in all layers, and kept.
+// Rotations of the pairs of a head for each column, the same in all layers: computed once.
 template <class Map>
 struct Turns {
   static __device__ __forceinline__ Rotation* kept() { return reinterpret_cast<Rotation*>(Shared<Map>::scratch() + Map::kTurns); }
-  static __device__ __forceinline__ Rotation compute(const StepArgs& args, int position, int d) {
-    return rotation(args.rope_turns[d], position, args.rope_scale);
-  }
   static __device__ __forceinline__ void keep(const StepArgs& args) {
-    if (kTagged<Map> && thread_index() < kHeadDim / 2) kept()[thread_index()] = compute(args, args.position, thread_index());
+#pragma unroll 1
+    for (int i = thread_index(); i < args.n_columns * (kHeadDim / 2); i += kConsumers)
+      kept()[i] = rotation(args.rope_turns[i % (kHeadDim / 2)], args.position + i / (kHeadDim / 2), args.rope_scale);
   }
-  static __device__ __forceinline__ Rotation at(const StepArgs& args, int position, int d) {
-    if constexpr (kTagged<Map>) return kept()[d];
-    else return compute(args, position, d);
-  }
+  static __device__ __forceinline__ Rotation at(int column, int d) { return kept()[column * (kHeadDim / 2) + d]; }
 };
 
 template <class Map>
@@ -106,37 +100,6 @@ using Qkv = Floats<Map, (model::kHeads + 2 * model::kKvHeads) * kHeadDim>;
 template <class Map>
 using Attended = Halves<Map, model::kHeads * kHeadDim>;
 
-// Norm and rotation of the head that begins at `first`, by one warp; put(dim, value).
-template <class Map, class Put>
-__device__ __forceinline__ void rotate_head(Exchange<Map>& exchange, const Qkv<Map>& qkv, int column, int first, const float* norm_weight,
-                                            int position, Put put) {
-  constexpr int kHalf = kHeadDim / 2, kPairs = ceil_div(kHalf, 32);
-  const int lane = thread_index() % 32;
-  int at[2 * kPairs];
-  float v[2 * kPairs], squares = 0;  // first halves, then second halves
-#pragma unroll
-  for (int i = 0; i < 2 * kPairs; i++) {
-    const int d = lane + i % kPairs * 32;
-    at[i] = d < kHalf ? first + i / kPairs * kHalf + d : -1;
-  }
-  qkv.get(exchange, column, at, v);
-#pragma unroll
-  for (int i = 0; i < 2 * kPairs; i++) squares += v[i] * v[i];
-  [[maybe_unused]] const float scale = model::kQkNorm ? rsqrtf(warp_sum(squares) / kHeadDim + model::kNormEps) : 1.0f;
-#pragma unroll
-  for (int i = 0; i < kPairs; i++) {
-    const int d = lane + 32 * i;
-    if (d >= kHalf) break;
-    float a = v[i], b = v[kPairs + i];
-    if constexpr (model::kQkNorm) a *= scale * norm_weight[d], b *= scale * norm_weight[kHalf + d];
-    const Rotation r = Turns<Map>::at(exchange.args, position, d);
-    put(d, a * r.cos - b * r.sin);
-    put(kHalf + d, b * r.cos + a * r.sin);
-  }
-}
-
-__device__ __forceinline__ u16 rounded(float v) { return (u16)round_pair<kKvBf16>(v, 0.0f); }
-
 // Queries of the unit's row tile, and, for the last split, the step's own K and V: also into the cache.
 // Warps take rows in turn: those of the queries, then the columns' rows of K, then of V. Query rows that
 // are not there keep what lies in shared memory: their columns of the products are never read.
@@ -144,40 +107,48 @@ template <class Map>
 __device__ void prepare(Exchange<Map>& exchange, const Plan<Map>& plan, const Unit& u, const Qkv<Map>& qkv,
                         const float* q_norm, const float* k_norm, u8* cache) {
   const Scratch<Map> s = Scratch<Map>::here();
-  const int warp = thread_index() / 32, lane = thread_index() % 32, n = plan.n_columns;
+  const int n = plan.n_columns;
   const bool last = u.split == plan.splits - 1;
-  const int rows = plan.rows(u);
+  const int rows = plan.rows(u), end = rows + (last ? 2 * n : 0);
   if (last) {
 #pragma unroll 1
     for (int i = thread_index(); i < kBlockBytes / 16; i += kConsumers) reinterpret_cast<uint4*>(s.fresh)[i] = make_uint4(0, 0, 0, 0);
     sync_consumers();  // the block of fresh positions is zero
   }
-#pragma unroll 1
-  for (int r = warp; r < rows + (last ? 2 * n : 0); r += kWarps) {
-    const bool query = r < rows, key = r < rows + n;
-    const int row = u.row_tile * kRows + r, column = query ? row / kGroup : (r - rows) % n, position = plan.position + column;
-    const int head = query ? u.kv_head * kGroup + row % kGroup : model::kHeads + (key ? 0 : model::kKvHeads) + u.kv_head;
+  const auto column_of = [&](int r) { return r < rows ? (u.row_tile * kRows + r) / kGroup : (r - rows) % n; };
+  const auto fetch = [&](int r, Head& head) {
+    const int at = r < rows ? u.kv_head * kGroup + (u.row_tile * kRows + r) % kGroup
+                            : model::kHeads + (r < rows + n ? 0 : model::kKvHeads) + u.kv_head;
+    int values[Head::kValues];
+#pragma unroll
+    for (int i = 0; i < Head::kValues; i++) values[i] = Head::dim(i) < 0 ? -1 : at * kHeadDim + Head::dim(i);
+    qkv.get(exchange, column_of(r), values, head.v);
+  };
+  const auto finish = [&](int r, Head& head) {
+    const bool query = r < rows, value = r >= rows + n;
+    const int column = column_of(r), position = plan.position + column;
+    if (!value) head.norm_and_turn(query ? q_norm : k_norm, [&](int d) { return Turns<Map>::at(column, d); });
+    if (query) return head.each([&](int d, float v) { reinterpret_cast<u16*>(s.queries + r * kQueryStride)[d] = rounded(v); });
     u8* block = u.row_tile == 0 ? cache + block_offset(u.kv_head, position / 16, exchange.args.max_blocks) : nullptr;
-    const auto store = [&](int fresh_offset, int cache_offset, float value) {
-      const u16 bits = rounded(value);
-      *reinterpret_cast<u16*>(s.fresh + fresh_offset) = bits;
-      if (block) *reinterpret_cast<u16*>(block + cache_offset) = bits;
-    };
-    if (key) {
-      rotate_head(exchange, qkv, column, head * kHeadDim, query ? q_norm : k_norm, position, [&](int d, float v) {
-        if (query) reinterpret_cast<u16*>(s.queries + r * kQueryStride)[d] = rounded(v);
-        else store(k_offset(column, d), k_offset(position % 16, d), v);
-      });
-      continue;
+    head.each([&](int d, float v) {
+      const u16 bits = rounded(v);
+      *reinterpret_cast<u16*>(s.fresh + (value ? v_offset(column, d) : k_offset(column, d))) = bits;
+      if (block) *reinterpret_cast<u16*>(block + (value ? v_offset(position % 16, d) : k_offset(position % 16, d))) = bits;
+    });
+  };
+  constexpr int kAtOnce = Map::kColumns == 1 ? 1 : 3;  // rows of a warp that are on their way at a time
+#pragma unroll 1
+  for (int r = thread_index() / 32; r < end; r += kAtOnce * kWarps) {
+    Head heads[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++)
+      if (r + i * kWarps < end) fetch(r + i * kWarps, heads[i]);
+#pragma unroll 1
+    for (int i = 0; i < kAtOnce && r + i * kWarps < end; i++) {
+      finish(r + i * kWarps, heads[0]);
+#pragma unroll
+      for (int j = 1; j < kAtOnce; j++) heads[j - 1] = heads[j];
     }
-    constexpr int kValues = kHeadDim / 32;
-    int at[kValues];
-    float v[kValues];
-#pragma unroll
-    for (int i = 0; i < kValues; i++) at[i] = head * kHeadDim + lane + 32 * i;
-    qkv.get(exchange, column, at, v);
-#pragma unroll
-    for (int i = 0; i < kValues; i++) store(v_offset(column, lane + 32 * i), v_offset(position % 16, lane + 32 * i), v[i]);
   }
 }
 

@@ -47,6 +47,15 @@ __device__ __forceinline__ float high_half(u32 pair) {
   else return cvt_f32_f16(pair >> 16);
 }
 
+// The sum of eight values of fp16: what zero points are multiplied with.
+__device__ __forceinline__ float sum_of_8(uint4 v) {
+  float sum = 0;
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) sum += low_half<false>(words[i]) + high_half<false>(words[i]);
+  return sum;
+}
+
 // Eight consecutive columns of one row, dequantized: the embedding's look-up.
 template <Matrix m>
 __device__ __forceinline__ void dequantize_8(const u8* weights, int row, int col, float (&out)[8]) {

@@ -1,14 +1,15 @@
 // How a phase's results reach the blocks of the next phase.
 //
-// With several columns they lie in plain vectors, and a grid barrier ends each phase. With one column there
-// is no barrier: each value travels in a 64-bit word with the number of the phase that wrote it, and a
+// With several columns they lie in plain vectors, which blocks copy into shared memory (columns.cuh), and a grid
+// barrier ends each phase. With one column there is no barrier: each value travels in a 64-bit word with the number of the phase that wrote it, and a
 // reader polls the words that it needs. That saves a fence, an atomic and a read of L2 a phase.
 //
 // No word is overwritten before all its readers have read it: whoever is two phases further has seen
 // results of every block that had work in between, and each of those began with reading its own words. A
 // block without rows in a product reads nothing for it: nobody would wait for that block.
 #pragma once
-#include "sync.cuh"
+#include "dequant.cuh"
+#include "pipeline.cuh"
 
 template <class Map>
 constexpr bool kTagged = Map::kColumns == 1;
@@ -24,7 +25,9 @@ struct Exchange {
   // Ends a phase: what its blocks wrote is published.
   __device__ __forceinline__ void next() {
     phase++;
-    if constexpr (!kTagged<Map>) grid.sync();
+    if constexpr (kTagged<Map>) return;
+    fence_proxy_async();  // the next phase's copies into shared memory come after what this one wrote
+    grid.sync();
   }
 
   __device__ __forceinline__ void put(u64* word, u32 value) const { st_relaxed_gpu(word, (u64)phase << 32 | value); }
@@ -87,43 +90,34 @@ template <class Map, int kWidth>
 struct Floats {
   float* plain;  // [columns][kWidth]
   u64* words;    // [kWidth]
-  struct Rows { u64 low, high; };  // words of a row and of the one eight further
+  // A row and the one eight further; with one column as words, with their phases.
+  using Row = typename Choose<kTagged<Map>, u64, float>::Type;
+  struct Rows { Row low, high; };
   __device__ __forceinline__ void put(const Exchange<Map>& exchange, int column, int i, float v) const {
     if constexpr (kTagged<Map>) exchange.put(words + i, __float_as_uint(v));
     else plain[column * kWidth + i] = v;
   }
-  __device__ __forceinline__ Rows fetch(int row) const {
+  __device__ __forceinline__ Rows fetch(int column, int row) const {
     if constexpr (kTagged<Map>) return {ld_relaxed_gpu(words + row), ld_relaxed_gpu(words + row + 8)};
-    else return {};
+    else return {ld_cg(plain + column * kWidth + row), ld_cg(plain + column * kWidth + row + 8)};
   }
-  // Units first, first + 32, ... of kUnit values, of the phase before: a unit is what a lane reads at once, so
-  // that a warp reads whole lines.
-  static constexpr int kUnit = kTagged<Map> ? 2 : 4;
+  // With one column: units first, first + 32, ... of kUnit values, of the phase before. A unit is what a lane
+  // reads at once, so that a warp reads whole lines.
+  static constexpr int kUnit = 2;
   template <int kUnits>
-  __device__ __forceinline__ void get(Exchange<Map>& exchange, int column, int first, const bool (&wanted)[kUnits],
-                                      float (&v)[kUnits][kUnit]) const {
-    if constexpr (kTagged<Map>) {
-      exchange.template await_last<kWidth>(words, 16, 1);
-      constexpr int kAtOnce = kUnits <= 8 || kUnits % 8 ? kUnits : 8;
+  __device__ __forceinline__ void get(Exchange<Map>& exchange, int first, const bool (&wanted)[kUnits], float (&v)[kUnits][kUnit]) const {
+    exchange.template await_last<kWidth>(words, 16, 1);
+    constexpr int kAtOnce = kUnits <= 8 || kUnits % 8 ? kUnits : 8;
 #pragma unroll
-      for (int begin = 0; begin < kUnits; begin += kAtOnce) {
-        bool some[kAtOnce];
-        ulonglong2 pairs[kAtOnce];
+    for (int begin = 0; begin < kUnits; begin += kAtOnce) {
+      bool some[kAtOnce];
+      ulonglong2 pairs[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++) some[i] = wanted[begin + i];
-        exchange.get(words, first + 32 * begin, some, pairs);
+      for (int i = 0; i < kAtOnce; i++) some[i] = wanted[begin + i];
+      exchange.get(words, first + 32 * begin, some, pairs);
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++)
-          if (some[i]) v[begin + i][0] = __uint_as_float(u32(pairs[i].x)), v[begin + i][1] = __uint_as_float(u32(pairs[i].y));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kUnits; i++)
-        if (wanted[i]) {
-          const uint4 bits = ld_cg(reinterpret_cast<const uint4*>(plain + column * kWidth) + first + 32 * i);
-          v[i][0] = __uint_as_float(bits.x), v[i][1] = __uint_as_float(bits.y);
-          v[i][2] = __uint_as_float(bits.z), v[i][3] = __uint_as_float(bits.w);
-        }
+      for (int i = 0; i < kAtOnce; i++)
+        if (some[i]) v[begin + i][0] = __uint_as_float(u32(pairs[i].x)), v[begin + i][1] = __uint_as_float(u32(pairs[i].y));
     }
   }
   // Values at[i] of one column (negative: none), of the phase before.
@@ -144,18 +138,45 @@ struct Floats {
   }
 };
 
-// The residual. With several columns there is also the sum of squares of each eight elements, so that a norm
-// reads the residual once.
+// What each column's norm came to, in a block that computes several columns. The residual is handed on as
+// 16-bit values of x * weight * `next`, where `next` is near one over the size of x: the norm's own scale is
+// known when all of x is there, and one factor a column puts it right afterwards.
+struct Norms {
+  float factor[8], next[8];
+  template <class Map>
+  static __device__ __forceinline__ Norms& here() { return *reinterpret_cast<Norms*>(Shared<Map>::scratch() + Map::kReduce + 128); }
+};
+
+// A 64th of the norm before: fp16 then holds what grows or shrinks a thousandfold in one phase.
+constexpr float kNextNorm = 1.0f / 64;
+
+// v, a row of a matrix times a normed column.
+template <class Map>
+__device__ __forceinline__ float normed(int column, float v) {
+  if constexpr (kTagged<Map>) return v;
+  else return v * Norms::here<Map>().factor[column];
+}
+
+// Who reads the residual next: the norm's weight and the type that its matrix multiplies with.
+struct Reader {
+  const float* weight;
+  bool bf16;
+  __device__ __forceinline__ u16 rounded(float v) const { return (u16)(bf16 ? round_pair<true>(v, 0) : round_pair<false>(v, 0)); }
+};
+
+// The residual. With several columns there are also its rounded values for the next norm's matrix, and the sum
+// of squares of each eight elements.
 template <class Map>
 struct Residual : Floats<Map, model::kDim> {
   using Base = Floats<Map, model::kDim>;
   static constexpr int kSums = model::kDim / 8;
   float* squares;  // [columns][kSums]
-  // Adds to rows `row` and `row + 8` of what was written `ago` phases before; nobody else changes them. With
-  // one column the old values are given, fetched so early that nobody waits for them. All lanes of `lanes`
-  // call it together: with several columns, lane by lane the columns of four rows.
+  u16* rounded;    // [columns][model::kDim]
+  // Adds to rows `row` and `row + 8` of what was written `ago` phases before; nobody else changes them. The old
+  // values are given, mostly fetched so early that nobody waits for them. All lanes of `lanes` call it
+  // together: with several columns, lane by lane the columns of four rows.
   __device__ __forceinline__ void add(Exchange<Map>& exchange, int column, int row, float low, float high, u32 lanes,
-                                      const typename Base::Rows& fetched, u32 ago) const {
+                                      const typename Base::Rows& fetched, u32 ago, const Reader& reader) const {
     if constexpr (kTagged<Map>) {
       u32 old[2] = {u32(fetched.low), u32(fetched.high)};
       const u32 tag = exchange.phase - ago;
@@ -163,24 +184,18 @@ struct Residual : Floats<Map, model::kDim> {
       this->put(exchange, column, row, __uint_as_float(old[0]) + low);
       this->put(exchange, column, row + 8, __uint_as_float(old[1]) + high);
     } else {
-      float* at = this->plain + column * model::kDim + row;
-      low += atom_add(at, low), high += atom_add(at + 8, high);
+      low += fetched.low, high += fetched.high;
+      const float scale = Norms::here<Map>().next[column];
+      put_rounded(column, row, low, scale, reader), put_rounded(column, row + 8, high, scale, reader);
+      this->put(exchange, column, row, low), this->put(exchange, column, row + 8, high);
       float sum = low * low + high * high;
       sum += __shfl_xor_sync(lanes, sum, Map::kColumns);
       sum += __shfl_xor_sync(lanes, sum, 2 * Map::kColumns);
       if (row % 4 == 0) squares[column * kSums + row / 16 * 2 + row % 8 / 4] = sum;
     }
   }
-  // A column's sum of squares, by one warp.
-  __device__ __forceinline__ float sum_of_squares(int column) const {
-    const uint4* at = reinterpret_cast<const uint4*>(squares + column * kSums);
-    float sum = 0;
-#pragma unroll 4
-    for (int i = thread_index() % 32; i < kSums / 4; i += 32) {
-      const uint4 v = ld_cg(at + i);
-      sum += (__uint_as_float(v.x) + __uint_as_float(v.y)) + (__uint_as_float(v.z) + __uint_as_float(v.w));
-    }
-    return sum;
+  __device__ __forceinline__ void put_rounded(int column, int i, float v, float scale, const Reader& reader) const {
+    rounded[column * model::kDim + i] = reader.rounded(v * (scale * reader.weight[i]));
   }
 };
 
@@ -199,25 +214,15 @@ struct Halves {
       plain[(u64)column * kWidth + i] = v;
     }
   }
-  // Units first, first + 32, ... of kUnit values, two a word of v, of the phase before.
-  static constexpr int kUnit = kTagged<Map> ? 4 : 8;
+  // With one column: units first, first + 32, ... of kUnit values, two a word of v, of the phase before.
+  static constexpr int kUnit = 4;
   template <int kUnits>
-  __device__ __forceinline__ void get(Exchange<Map>& exchange, int column, int first, const bool (&wanted)[kUnits],
-                                      u32 (&v)[kUnits][kUnit / 2]) const {
-    if constexpr (kTagged<Map>) {
-      exchange.template await_last<kWidth / 2>(words, spread, 1);
-      ulonglong2 pairs[kUnits];
-      exchange.get(words, first, wanted, pairs);
+  __device__ __forceinline__ void get(Exchange<Map>& exchange, int first, const bool (&wanted)[kUnits], u32 (&v)[kUnits][kUnit / 2]) const {
+    exchange.template await_last<kWidth / 2>(words, spread, 1);
+    ulonglong2 pairs[kUnits];
+    exchange.get(words, first, wanted, pairs);
 #pragma unroll
-      for (int i = 0; i < kUnits; i++)
-        if (wanted[i]) v[i][0] = u32(pairs[i].x), v[i][1] = u32(pairs[i].y);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kUnits; i++)
-        if (wanted[i]) {
-          const uint4 bits = ld_cg(reinterpret_cast<const uint4*>(plain + (u64)column * kWidth) + first + 32 * i);
-          v[i][0] = bits.x, v[i][1] = bits.y, v[i][2] = bits.z, v[i][3] = bits.w;
-        }
-    }
+    for (int i = 0; i < kUnits; i++)
+      if (wanted[i]) v[i][0] = u32(pairs[i].x), v[i][1] = u32(pairs[i].y);
   }
 };

@@ -4,25 +4,32 @@
 #include "dequant.cuh"
 #include "pipeline.cuh"
 
-// Row blocks of a matrix that are this block's: first, first + kGrid, ... The deal goes on from
-// matrix to matrix, so that remainders even out over the step.
+// Row blocks of a matrix that are a team's: first, first + number of teams, ... A team is one block, or kParts
+// blocks that have a part of the columns each. The deal goes on from matrix to matrix, so that remainders even
+// out over the step.
 struct Deal {
   int place = blockIdx.x;  // this block's in the queue for the next row block
-  struct Share { int first, count; };
+  struct Share { int first, count, part; };
+  template <int kParts = 1>
   __device__ __forceinline__ Share take(int row_blocks) {
-    const int first = place, rest = row_blocks % kGrid;
-    place -= rest;
+    static_assert(kGrid % kParts == 0, "teams are of one size");
+    const int first = place / kParts, part = place % kParts, rest = row_blocks % (kGrid / kParts);
+    place -= rest * kParts;
     if (place < 0) place += kGrid;
-    return {first, row_blocks / kGrid + (first < rest)};
+    return {first, row_blocks / (kGrid / kParts) + (first < rest), part};
   }
 };
 
 // How a matrix is walked: windows of row blocks whose partial sums fit in shared memory, in each window
-// panels of columns whose activations fit, in each panel row block after row block.
+// panels of columns whose activations fit, in each panel row block after row block. Where a matrix is in parts, a
+// block has one panel only, and its team adds up the sums.
 template <class Map, Matrix m>
 struct Walk {
-  static constexpr int kPanelTiles = Map::kPanelCols / m.tile_cols() < m.tiles() ? Map::kPanelCols / m.tile_cols() : m.tiles();
+  static constexpr int kParts = Map::kColumns == 1 ? 1 : m.parts, kTeams = kGrid / kParts;
+  static constexpr int kPanelTiles = smaller(Map::kPanelCols / m.tile_cols(), ceil_div(m.tiles(), kParts));
   static constexpr int kPanels = ceil_div(m.tiles(), kPanelTiles);
+  static constexpr int kPanelsOfBlock = kParts > 1 ? 1 : kPanels;  // else each block of a team has one
+  static_assert(kParts == 1 || kPanels == kParts, "a part is a panel");
   static __device__ __forceinline__ constexpr int tiles(int panel) {
     return kPanels == 1 ? m.tiles() : smaller(kPanelTiles, m.tiles() - panel * kPanelTiles);
   }
@@ -42,14 +49,15 @@ struct Walk {
 template <class Map, Matrix m>
 __device__ void stream_matrix(Producer<Map>& producer, Deal& deal, const u8* weights) {
   using W = Walk<Map, m>;
-  const Deal::Share share = deal.take(m.row_blocks());
+  const Deal::Share share = deal.take<W::kParts>(m.row_blocks());
 #pragma unroll 1
   for (int window = 0; window < share.count; window += W::kWindow)
 #pragma unroll 1
-    for (int panel = 0; panel < W::kPanels; panel++)
+    for (int i = 0; i < W::kPanelsOfBlock; i++)
 #pragma unroll 1
       for (int b = window; b < smaller(window + W::kWindow, share.count); b++) {
-        const u8* src = weights + (u64)(share.first + b * kGrid) * m.row_block_bytes() + (u64)panel * W::kPanelTiles * m.tile_bytes();
+        const int panel = share.part + i;
+        const u8* src = weights + (u64)(share.first + b * W::kTeams) * m.row_block_bytes() + (u64)panel * W::kPanelTiles * m.tile_bytes();
 #pragma unroll 1
         for (int left = W::tiles(panel); left > 0; left -= m.chunk_tiles, src += m.chunk_tiles * m.tile_bytes())
           producer.template copy<W::kInFlight>(src, smaller(left, m.chunk_tiles) * m.tile_bytes());
@@ -154,37 +162,82 @@ __device__ __forceinline__ void multiply_chunk(float* partial, const u8* tiles, 
 
 struct Nothing {};
 struct FetchNothing {
-  __device__ __forceinline__ Nothing operator()(int) const { return {}; }
+  __device__ __forceinline__ Nothing operator()(int, int) const { return {}; }
 };
 
-// The consumers' half of a matrix product. load_panel(panel) brings activations into shared memory (and
+// The sums of a window, one of these a pair of rows and column: rows `row` and `row + 8`.
+template <class Map>
+struct Sums {
+  static constexpr int kOfBlock = 8 * Map::kColumns;  // of a row block
+  // Of what the block's warps left.
+  static __device__ __forceinline__ float2 of_warps(const float* partials, int i) {
+    const float* slot = partials + i / kOfBlock * kWarps * 2 * kOfBlock + i % kOfBlock;
+    float2 sum = make_float2(0, 0);
+    for (int w = 0; w < kWarps; w++) sum.x += slot[w * 2 * kOfBlock], sum.y += slot[w * 2 * kOfBlock + kOfBlock];
+    return sum;
+  }
+  // Of what the team's blocks left, always in the same order.
+  template <int kParts>
+  static __device__ __forceinline__ float2 of_team(const float2* parts, int i) {
+    float2 sum = make_float2(0, 0), v[kParts];
+#pragma unroll
+    for (int part = 0; part < kParts; part++) v[part] = ld_cg(parts + part * kOfBlock + i);
+#pragma unroll
+    for (int part = 0; part < kParts; part++) sum.x += v[part].x, sum.y += v[part].y;
+    return sum;
+  }
+};
+
+// Leaves this block's sums of a window to its team, and tells whether it was the last one to do so.
+// [row block][part][sums of a row block]
+template <class Map, Matrix m>
+__device__ __forceinline__ bool completes_team(const StepArgs& args, int first, int part, int count, const float* partials) {
+  using W = Walk<Map, m>;
+  constexpr int kOfBlock = Sums<Map>::kOfBlock;
+  const Workspace work(args);
+#pragma unroll 1
+  for (int i = thread_index(); i < count; i += kConsumers)
+    work.team_sums()[((first + i / kOfBlock * W::kTeams) * W::kParts + part) * kOfBlock + i % kOfBlock] = Sums<Map>::of_warps(partials, i);
+  u32* last = reinterpret_cast<u32*>(Shared<Map>::scratch() + Map::kReduce + 192);
+  sync_consumers();  // the block's sums are complete
+  if (thread_index() == 0)  // publishes them, sees the others', and counts from 0 again after the last
+    *last = atom_inc_acq_rel_gpu(work.team_arrivals() + first, W::kParts - 1) == W::kParts - 1;
+  sync_consumers();  // publishes who goes on
+  return *last;
+}
+
+// The consumers' half of a matrix product. load_panel(panel, first) brings activations into shared memory (and
 // synchronises); use(row, column, low, high, lanes, fetched) receives rows `row` and `row + 8` of W x, in
-// all lanes of the mask `lanes` together. With one column it also gets what fetch(row) returned before the
+// all lanes of the mask `lanes` together. It also gets what fetch(row, column) returned, mostly before the
 // product, so that reads of global memory are not waited for.
 template <class Map, Matrix m, class LoadPanel, class Use, class Fetch = FetchNothing>
 __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& deal, int n_columns, LoadPanel load_panel, Use use,
                                                 Fetch fetch = FetchNothing()) {
   using W = Walk<Map, m>;
-  const Deal::Share share = deal.take(m.row_blocks());
+  constexpr int kColumns = Map::kColumns, kSlot = 16 * kColumns, kOfBlock = Sums<Map>::kOfBlock;
+  const Deal::Share share = deal.take<W::kParts>(m.row_blocks());
   float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + W::kPartialsAt);
-  constexpr int kSlot = 16 * Map::kColumns;
   consumer.profile.mark(kBegin);
-  // Who has no rows must not read: nobody waits for it, so what it would read may be overwritten already.
-  if (W::kPanels == 1 && share.count > 0) load_panel(0);
+  // With one column, who has no rows must not read: nobody waits for it, so what it would read may be
+  // overwritten already. With several all must, to take note of norms.
+  const bool reads = kColumns > 1 ? W::kPanelsOfBlock == 1 || share.count == 0 : W::kPanelsOfBlock == 1 && share.count > 0;
+  if (reads) load_panel(share.part, true);
   consumer.profile.mark(kLoaded);
 #pragma unroll 1
   for (int window = 0; window < share.count; window += W::kWindow) {
-    const int blocks = smaller(W::kWindow, share.count - window);
-    const auto row_of = [&](int b) { return (share.first + (window + b) * kGrid) * 16 + int(thread_index()) / Map::kColumns % 8; };
-    static_assert(W::kWindow * 8 <= kConsumers, "with one column a thread has at most one row to fetch for");
-    const auto fetched = fetch(row_of(smaller(int(thread_index()) / 8, blocks - 1)));  // by all, so that nothing waits for it
+    const int blocks = smaller(W::kWindow, share.count - window), first = share.first + window * W::kTeams;
+    const auto row_of = [&](int i) { return (first + i / kOfBlock * W::kTeams) * 16 + i / kColumns % 8; };
+    static_assert(kColumns > 1 || W::kWindow * 8 <= kConsumers, "with one column a thread has at most one row to fetch for");
+    const int place = smaller(thread_index(), blocks * kOfBlock - 1);
+    const auto early = fetch(row_of(place), place % kColumns);  // by all, so that nothing waits for it
     float* mine = partials + thread_index() / 32 * kSlot;
 #pragma unroll 1
     for (int i = thread_index() % 32; i < blocks * kSlot; i += 32) mine[i / kSlot * kWarps * kSlot + i % kSlot] = 0;
     __syncwarp();
 #pragma unroll 1
-    for (int panel = 0; panel < W::kPanels; panel++) {
-      if (W::kPanels > 1) load_panel(panel);
+    for (int i = 0; i < W::kPanelsOfBlock; i++) {
+      const int panel = share.part + i;
+      if (W::kPanelsOfBlock > 1) load_panel(panel, window == 0 && i == 0);
       const int chunks = W::chunks(panel), tiles = W::tiles(panel);
       consumer.take(blocks * chunks, [&](int i, const u8* data) {
         const int first = i % chunks * m.chunk_tiles;
@@ -193,21 +246,21 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
     }
     sync_consumers();  // publishes the partial sums to the block's consumers
     consumer.profile.mark(kStreamed);
-    constexpr int kColumns = Map::kColumns;
+    bool mine_to_use = true;
+    if constexpr (W::kParts > 1) mine_to_use = completes_team<Map, m>(consumer.args, first, share.part, blocks * kOfBlock, partials);
 #pragma unroll 1
-    for (int i = thread_index(); i < blocks * 8 * kColumns; i += kConsumers) {
-      const int b = i / (8 * kColumns), g = i / kColumns % 8, column = i % kColumns;
+    for (int i = thread_index(); mine_to_use && i < blocks * kOfBlock; i += kConsumers) {
+      const int column = i % kColumns;
       // Callers of use(): with several columns always four rows, with one from lane 0 on.
-      const int rest = blocks * 8 * kColumns - i / 32 * 32;
+      const int rest = blocks * kOfBlock - i / 32 * 32;
       const u32 lanes = kColumns == 8 ? 0x01010101u * ((1u << n_columns) - 1) : rest >= 32 ? 0xffffffffu : (1u << rest) - 1;
       if (column >= n_columns) continue;
-      float low = 0, high = 0;
-      for (int w = 0; w < kWarps; w++) {
-        const float* slot = partials + (b * kWarps + w) * kSlot + g * Map::kColumns + column;
-        low += slot[0];
-        high += slot[8 * Map::kColumns];
-      }
-      use(row_of(b), column, low, high, lanes, fetched);
+      float2 sum;
+      if constexpr (W::kParts > 1)
+        sum = Sums<Map>::template of_team<W::kParts>(
+            Workspace(consumer.args).team_sums() + (u64)(first + i / kOfBlock * W::kTeams) * W::kParts * kOfBlock, i % kOfBlock);
+      else sum = Sums<Map>::of_warps(partials, i);
+      use(row_of(i), column, sum.x, sum.y, lanes, kColumns == 1 || i == place ? early : fetch(row_of(i), column));
     }
     sync_consumers();  // the partial sums may be overwritten
   }

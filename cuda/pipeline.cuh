@@ -15,6 +15,7 @@ struct Ring {
   static_assert(Map::kStages % kWarps == 0, "a warp must own fixed stages, see above");
   u64 full[Map::kStages];        // completes when a copy has landed
   u64 empty[Map::kStages];       // completes when all lanes of its warp have read it; lies behind full
+  u64 columns;                   // completes when activations have landed (cuda/columns.cuh); with one column not there
 };
 
 template <class Map>
@@ -31,6 +32,7 @@ __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
     mbarrier_init(&ring.full[s], kBulkCopy ? 1 : 32);
     mbarrier_init(&ring.empty[s], 32);
   }
+  if constexpr (Map::kColumns > 1) mbarrier_init(&ring.columns, 1);
   fence_mbarrier_init();
 }
 
@@ -106,6 +108,7 @@ struct Consumer {
   u32 next;             // index of this warp's next chunk
   int stage;            // where it lands
   u32 parity = 0;
+  u32 columns_parity = 0;  // of the ring's barrier for activations
 
   __device__ __forceinline__ explicit Consumer(const StepArgs& args) : args(args), profile(args), next(threadIdx.x / 32), stage(threadIdx.x / 32) {}
 

@@ -18,16 +18,9 @@ __device__ __forceinline__ uint4 round_8(const float (&v)[8]) {
   return make_uint4(round_pair<kBf16>(v[0], v[1]), round_pair<kBf16>(v[2], v[3]), round_pair<kBf16>(v[4], v[5]), round_pair<kBf16>(v[6], v[7]));
 }
 
-__device__ __forceinline__ float sum_8(uint4 v) {
-  float sum = 0;
-  const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) sum += low_half<false>(words[i]) + high_half<false>(words[i]);
-  return sum;
-}
 template <Matrix m>
 __device__ __forceinline__ float group_sum(uint4 v) {
-  float sum = sum_8(v);
+  float sum = sum_of_8(v);
 #pragma unroll
   for (int i = 1; i < m.group / 8; i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
   return sum;
@@ -82,7 +75,7 @@ __device__ void sum_groups(const gemm::Operand<m>& x, int n_columns) {
     const int column = i % n_columns, group = i / n_columns;
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < m.group / 8; k++) sum += sum_8(x.get_8(column, group * m.group / 8 + k));
+    for (int k = 0; k < m.group / 8; k++) sum += sum_of_8(x.get_8(column, group * m.group / 8 + k));
     *x.sum(column, group) = sum;
   }
 }

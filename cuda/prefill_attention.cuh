@@ -14,29 +14,13 @@ constexpr int kBlocks = attention::kBlockBytes > 8192 ? 1 : 16384 / attention::k
 constexpr int kStages = 4;
 static_assert(kQueryBytes + kStages * kBlocks * attention::kBlockBytes <= kSharedBytes, "queries and stages must fit into shared memory");
 
-// Norm and rotation of one head's row of fp32 values in global memory by one warp; put(dim, value).
-template <class Put>
-__device__ __forceinline__ void rotate_row(const float* row, const float* norm_weight, const StepArgs& args, int position, Put put) {
-  constexpr int kHalf = kHeadDim / 2, kPairs = ceil_div(kHalf, 32);
-  const int lane = threadIdx.x % 32;
-  float a[kPairs], b[kPairs], squares = 0;
+// Norm and rotation of one head's row of fp32 values in global memory by one warp.
+__device__ __forceinline__ attention::Head turned_row(const float* row, const float* norm_weight, const StepArgs& args, int position) {
+  attention::Head head;
 #pragma unroll
-  for (int i = 0; i < kPairs; i++) {
-    const int d = lane + 32 * i;
-    a[i] = d < kHalf ? ld_cg(row + d) : 0;
-    b[i] = d < kHalf ? ld_cg(row + kHalf + d) : 0;
-    squares += a[i] * a[i] + b[i] * b[i];
-  }
-  [[maybe_unused]] const float scale = model::kQkNorm ? rsqrtf(warp_sum(squares) / kHeadDim + model::kNormEps) : 1.0f;
-#pragma unroll
-  for (int i = 0; i < kPairs; i++) {
-    const int d = lane + 32 * i;
-    if (d >= kHalf) break;
-    if constexpr (model::kQkNorm) a[i] *= scale * norm_weight[d], b[i] *= scale * norm_weight[kHalf + d];
-    const Rotation r = rotation(args.rope_turns[d], position, args.rope_scale);
-    put(d, a[i] * r.cos - b[i] * r.sin);
-    put(kHalf + d, b[i] * r.cos + a[i] * r.sin);
-  }
+  for (int i = 0; i < head.kValues; i++) head.v[i] = head.dim(i) < 0 ? 0 : ld_cg(row + head.dim(i));
+  head.norm_and_turn(norm_weight, [&](int d) { return rotation(args.rope_turns[d], position, args.rope_scale); });
+  return head;
 }
 
 // Keys, normed and rotated, and values of the chunk into the cache: a warp for each position of a KV head.
@@ -48,7 +32,7 @@ __device__ void fill_cache(const StepArgs& args, const float* qkv, const float* 
     u8* block = cache + attention::block_offset(kv_head, position / 16, args.max_blocks);
     const float* key = qkv + (u64)column * kRowWidth + (model::kHeads + kv_head) * kHeadDim;
     const float* value = key + model::kKvHeads * kHeadDim;
-    rotate_row(key, k_norm, args, position, [&](int d, float v) {
+    turned_row(key, k_norm, args, position).each([&](int d, float v) {
       *reinterpret_cast<u16*>(block + attention::k_offset(position % 16, d)) = attention::rounded(v);
     });
     for (int d = threadIdx.x % 32; d < kHeadDim; d += 32)
@@ -65,8 +49,8 @@ __device__ void load_queries(const StepArgs& args, const float* qkv, const float
   for (int r = 0; r < rows; r++) {
     const int column = (first + r) / kGroup, head = kv_head * kGroup + (first + r) % kGroup;
     u16* to = reinterpret_cast<u16*>(queries_of_warp() + r * attention::kQueryStride);
-    rotate_row(qkv + (u64)column * kRowWidth + head * kHeadDim, q_norm, args, args.position + column,
-                          [&](int d, float v) { to[d] = attention::rounded(v); });
+    turned_row(qkv + (u64)column * kRowWidth + head * kHeadDim, q_norm, args, args.position + column)
+        .each([&](int d, float v) { to[d] = attention::rounded(v); });
   }
   __syncwarp();  // publishes the rows to the warp; those that are not there are columns that nobody reads
 }

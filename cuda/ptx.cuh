@@ -44,11 +44,6 @@ __device__ __forceinline__ void red_add_release_gpu(u32* p, u32 v) {
   asm volatile("red.add.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 __device__ __forceinline__ void red_add(float* p, float v) { asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
-__device__ __forceinline__ float atom_add(float* p, float v) {
-  float old;
-  asm volatile("atom.relaxed.gpu.global.add.f32 %0, [%1], %2;" : "=f"(old) : "l"(p), "f"(v) : "memory");
-  return old;
-}
 __device__ __forceinline__ u32 atom_add_acq_rel_gpu(u32* p, u32 v) {
   u32 old;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
@@ -87,6 +82,11 @@ __device__ __forceinline__ u32 ld_cg(const u32* p) {
 __device__ __forceinline__ u64 ld_cg(const u64* p) {
   u64 v;
   asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 ld_cg(const float2* p) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
   return v;
 }
 __device__ __forceinline__ uint2 ld_cg(const uint2* p) {
@@ -157,12 +157,15 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(u64* b, u32 parity) {
                : "=r"(done) : "r"(smem_address(b)), "r"(parity) : "memory");
   return done;
 }
+// Orders what threads read and wrote before what bulk copies read and write after.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_address(dst)),
                "l"(src), "r"(bytes), "r"(smem_address(b)) : "memory");
 }
 #else
 __device__ __forceinline__ void fence_mbarrier_init() {}
+__device__ __forceinline__ void fence_proxy_async() {}
 __device__ __forceinline__ bool mbarrier_try_wait_parity(u64* b, u32 parity) { return mbarrier_test_wait_parity(b, parity); }
 #endif
 __device__ __forceinline__ void cp_async_16(void* dst, const void* src) {

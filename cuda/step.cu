@@ -36,7 +36,7 @@ __device__ void consume(const StepArgs& args) {
   Deal deal;
   const int n = args.n_columns;
   // The vectors that blocks exchange. Made where they are used: their addresses would fill the registers.
-  const auto residual = [&] { return Residual<Map>{{work.residual(), work.residual_words()}, work.squares()}; };
+  const auto residual = [&] { return Residual<Map>{{work.residual(), work.residual_words()}, work.squares(), work.rounded()}; };
   const auto qkv = [&] { return attention::Qkv<Map>{work.qkv(), work.qkv_words()}; };
   const auto attended = [&] { return attention::Attended<Map>{work.attended(), work.attended_words(), tensors::wo.cols / 2 / kWarps}; };
   const auto hidden = [&] { return Halves<Map, model::kHiddenDim>{work.hidden(), work.hidden_words(), 4}; };
@@ -46,10 +46,15 @@ __device__ void consume(const StepArgs& args) {
     dequantize_8<tensors::embed>(args.weights + tensors::embed.offset, token, k8 * 8, v);
   };
   using Old = typename Floats<Map, model::kDim>::Rows;
-  const auto fetch_residual = [&](int row) { return residual().fetch(row); };
+  const auto fetch_residual = [&](int row, int column) { return residual().fetch(smaller(column, n - 1), row); };
+  // Who reads the residual at the beginning of a layer, or after the last one.
+  const auto reader_of = [&](int layer) {
+    const u64 at = layer < model::kLayers ? tensors::kLayers + layer * tensors::kLayerBytes + tensors::attn_norm : tensors::final_norm;
+    return Reader{reinterpret_cast<const float*>(args.weights + at), layer < model::kLayers ? tensors::wqkv.bf16() : tensors::head.bf16()};
+  };
 
   attention::Turns<Map>::keep(args);
-  store_share(exchange, residual(), n, embedding);
+  embed(exchange, residual(), n, reader_of(0), embedding);
   exchange.next();  // publishes the embedding
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
@@ -59,11 +64,13 @@ __device__ void consume(const StepArgs& args) {
     const float* wo_bias = vector(tensors::wo_bias);
     const float* w_gate_up_bias = vector(tensors::w_gate_up_bias);
     const float* w_down_bias = vector(tensors::w_down_bias);
+    const Reader ffn_reader{vector(tensors::ffn_norm), tensors::w_gate_up.bf16()};
 
     multiply_matrix<Map, tensors::wqkv>(
         consumer, deal, n,
-        [&](int panel) { load_normed<Map, tensors::wqkv>(exchange, residual(), vector(tensors::attn_norm), n, panel); },
+        [&](int panel, bool first) { load_normed<Map, tensors::wqkv>(consumer, exchange, residual(), reader_of(layer), n, panel, first); },
         [&](int row, int column, float low, float high, u32, Nothing) {
+          low = normed<Map>(column, low), high = normed<Map>(column, high);
           qkv().put(exchange, column, row, low + (wqkv_bias ? wqkv_bias[row] : 0.0f));
           qkv().put(exchange, column, row + 8, high + (wqkv_bias ? wqkv_bias[row + 8] : 0.0f));
         });
@@ -75,38 +82,41 @@ __device__ void consume(const StepArgs& args) {
     exchange.next();  // publishes the heads' outputs
 
     multiply_matrix<Map, tensors::wo>(
-        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::wo>(exchange, attended(), n, panel); },
+        consumer, deal, n, [&](int panel, bool) { load_rounded<Map, tensors::wo>(consumer, exchange, attended(), n, panel); },
         [&](int row, int column, float low, float high, u32 lanes, Old old) {
           if (wo_bias) low += wo_bias[row], high += wo_bias[row + 8];
-          residual().add(exchange, column, row, low, high, lanes, old, 3);
+          residual().add(exchange, column, row, low, high, lanes, old, 3, ffn_reader);
         },
         fetch_residual);
     exchange.next();  // publishes the residual with attention added
 
     multiply_matrix<Map, tensors::w_gate_up>(
-        consumer, deal, n, [&](int panel) { load_normed<Map, tensors::w_gate_up>(exchange, residual(), vector(tensors::ffn_norm), n, panel); },
+        consumer, deal, n,
+        [&](int panel, bool first) { load_normed<Map, tensors::w_gate_up>(consumer, exchange, residual(), ffn_reader, n, panel, first); },
         [&](int row, int column, float gate, float up, u32 lanes, Nothing) {
+          gate = normed<Map>(column, gate), up = normed<Map>(column, up);
           if (w_gate_up_bias) gate += w_gate_up_bias[row], up += w_gate_up_bias[row + 8];
           hidden().put(exchange, column, row / 16 * 8 + row % 8, (u16)round_pair<tensors::w_down.bf16()>(silu(gate) * up, 0.0f), lanes);
         });
     exchange.next();  // publishes SwiGLU's result
 
     multiply_matrix<Map, tensors::w_down>(
-        consumer, deal, n, [&](int panel) { load_rounded<Map, tensors::w_down>(exchange, hidden(), n, panel); },
+        consumer, deal, n, [&](int panel, bool) { load_rounded<Map, tensors::w_down>(consumer, exchange, hidden(), n, panel); },
         [&](int row, int column, float low, float high, u32 lanes, Old old) {
           if (w_down_bias) low += w_down_bias[row], high += w_down_bias[row + 8];
-          residual().add(exchange, column, row, low, high, lanes, old, 2);
+          residual().add(exchange, column, row, low, high, lanes, old, 2, reader_of(layer + 1));
         },
         fetch_residual);
     exchange.next();  // publishes the layer's output
   }
 
   if (!args.head) return;
-  const float* final_norm = reinterpret_cast<const float*>(args.weights + tensors::final_norm);
   sampler::Choice<Map> choice(args);
   multiply_matrix<Map, tensors::head>(
-      consumer, deal, n, [&](int panel) { load_normed<Map, tensors::head>(exchange, residual(), final_norm, n, panel); },
+      consumer, deal, n,
+      [&](int panel, bool first) { load_normed<Map, tensors::head>(consumer, exchange, residual(), reader_of(model::kLayers), n, panel, first); },
       [&](int row, int column, float low, float high, u32, Nothing) {
+        low = normed<Map>(column, low), high = normed<Map>(column, high);
         if (row < model::kVocab) choice.see(low, column, row);
         if (row + 8 < model::kVocab) choice.see(high, column, row + 8);
       });

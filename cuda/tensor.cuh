@@ -11,6 +11,7 @@ struct Matrix {
   Type type;
   int group;        // columns that share a scale; 0: none
   int chunk_tiles;  // tiles of one copy into the ring: a tuning choice
+  int parts;        // blocks that share its columns where there are several columns of activations: another
 
   __device__ constexpr bool bf16() const { return type == Type::kBf16; }
   __device__ constexpr bool has_sums() const { return type == Type::kInt8 || type == Type::kInt4; }
@@ -30,6 +31,9 @@ struct Matrix {
   __device__ constexpr int row_blocks() const { return (rows + 15) / 16; }
   __device__ constexpr int row_block_bytes() const { return tiles() * tile_bytes(); }
 };
+
+template <bool kFirst, class A, class B> struct Choose { using Type = A; };
+template <class A, class B> struct Choose<false, A, B> { using Type = B; };
 
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }

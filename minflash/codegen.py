@@ -22,7 +22,15 @@ from .prefill_layout import prefill_barriers, prefill_struct, prefill_token_byte
 from .resources import resource_dir
 from .sampling import MAX_LOGPROBS
 from .tensors import expected_tensors
-from .tuning import ATTENTION_ROWS, MANY_COLUMNS, SharedMap, Tuning, chunk_tiles, shared_map
+from .tuning import (
+    ATTENTION_ROWS,
+    MANY_COLUMNS,
+    SharedMap,
+    Tuning,
+    chunk_tiles,
+    parts,
+    shared_map,
+)
 
 KERNELS = ("step_one", "step_many")
 PREFILL = "prefill"  # the kernel that reads the front part of long prompts
@@ -146,11 +154,14 @@ def generate(
     args = step_args_dtype(config.head_dim)
     per_token = prefill_token_bytes(config, layouts)
     tokens = prefill_tokens(tuning, max_context or config.max_context)
-    workspace = _workspace(config, tuning, tokens * sum(per_token.values()))
+    shared = {k: parts(layout, tuning, maps["step_many"].panel_cols) for k, layout in layouts.items()}
+    workspace = _workspace(
+        config, tuning, _team_row_blocks(layouts, shared), tokens * sum(per_token.values())
+    )
     constants = "\n".join([
         "#pragma once", '#include "tensor.cuh"',
         _tuning_constants(tuning, maps), _model_constants(config, kv_type),
-        _tensor_constants(config, layouts, weights, tuning), _args_struct(args),
+        _tensor_constants(config, layouts, weights, tuning, shared), _args_struct(args),
         *(_map_struct(n, m) for n, m in zip(("MapOne", "MapMany"), maps.values(), strict=True)),
         _workspace_struct(workspace), prefill_struct(workspace["prefill"], per_token),
     ])  # fmt: skip
@@ -267,7 +278,11 @@ constexpr int kPhases = {PHASES_PER_LAYER * config.n_layers + 1};"""
 
 
 def _tensor_constants(
-    config: ModelConfig, layouts: Mapping[str, Layout], weights: WeightMap, tuning: Tuning
+    config: ModelConfig,
+    layouts: Mapping[str, Layout],
+    weights: WeightMap,
+    tuning: Tuning,
+    shared: Mapping[str, int],
 ) -> str:
     names = {"embed": "embed", "head": "embed" if config.tied else "lm_head"}
     lines = [
@@ -282,7 +297,8 @@ def _tensor_constants(
         )
         lines.append(
             f"constexpr Matrix {kind}{{{base}ull, {layout.rows}, {layout.cols}, "
-            f"Type::{_KINDS[layout.type]}, {layout.group_size}, {chunk_tiles(layout, tuning)}}};"
+            f"Type::{_KINDS[layout.type]}, {layout.group_size}, {chunk_tiles(layout, tuning)}, "
+            f"{shared[kind]}}};"
         )
     for kind in _LAYER_VECTORS:
         name = f"layers.0.{kind}"
@@ -315,7 +331,8 @@ def _map_struct(name: str, m: SharedMap) -> str:
 
 _WORKSPACE_TYPES = {
     "barrier": "u32", "abandoned": "u32", "next_token": "u32", "arrivals": "u32",
-    "candidates": "struct Candidate", "residual": "float", "squares": "float", "qkv": "float",
+    "candidates": "struct Candidate", "residual": "float", "squares": "float", "rounded": "u16",
+    "team_arrivals": "u32", "team_sums": "float2", "qkv": "float",
     "attended": "u16", "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
     "residual_words": "u64", "qkv_words": "u64", "attended_words": "u64", "hidden_words": "u64",
     "tail": "ranking::Tail", "scores": "float", "listed": "ranking::Entry",
@@ -329,7 +346,15 @@ def _max_teams(config: ModelConfig) -> int:
     return config.n_kv_heads * -(-group * MANY_COLUMNS // ATTENTION_ROWS)
 
 
-def _workspace(config: ModelConfig, tuning: Tuning, prefill_bytes: int) -> dict[str, int]:
+def _team_row_blocks(layouts: Mapping[str, Layout], shared: Mapping[str, int]) -> tuple[int, int]:
+    """Most row blocks of a matrix in parts, and most of row blocks times parts."""
+    some = [(layouts[k].row_blocks, n) for k, n in shared.items() if n > 1]
+    return max((b for b, _ in some), default=0), max((b * n for b, n in some), default=0)
+
+
+def _workspace(
+    config: ModelConfig, tuning: Tuning, team_row_blocks: tuple[int, int], prefill_bytes: int
+) -> dict[str, int]:
     """Offsets of the workspace's parts. Words that blocks spin on have lines of their own.
 
     What is before the residual must be zero at first, and after a step that was abandoned.
@@ -339,7 +364,10 @@ def _workspace(config: ModelConfig, tuning: Tuning, prefill_bytes: int) -> dict[
     sizes = {
         "barrier": 4, "abandoned": 4, "next_token": 4, "arrivals": 4 * (_max_teams(config) + 1),
         "candidates": 8 * tuning.grid, "tail": TAIL_BYTES,
+        "team_arrivals": 4 * team_row_blocks[0],
         "residual": 4 * MANY_COLUMNS * config.dim, "squares": MANY_COLUMNS * config.dim // 2,
+        "rounded": 2 * MANY_COLUMNS * config.dim,
+        "team_sums": 8 * 8 * MANY_COLUMNS * team_row_blocks[1],
         "qkv": 4 * MANY_COLUMNS * qkv,
         "attended": 2 * MANY_COLUMNS * config.n_heads * config.head_dim,
         "hidden": 2 * MANY_COLUMNS * config.hidden_dim,

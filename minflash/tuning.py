@@ -18,9 +18,10 @@ from .packing import Layout
 MANY_COLUMNS = 8  # tokens of one step of the kernel that reads prompts: the width of an mma
 ATTENTION_ROWS = 8  # query rows of one unit of attention, as in cuda/attention.cuh
 _RING_BYTES_PER_STAGE = 16  # two mbarriers
-_REDUCE_BYTES = 256
+_REDUCE_BYTES = 256  # sums of warps, then from 128 on struct Norms and who completes a team
 _RANKING_BYTES = 1024 * 16 + 64  # the bins of cuda/ranking.cuh
 _FEW_ROW_BLOCKS = 3  # of one block of the grid
+_MOST_PARTS = 8  # of the columns of a matrix
 _LEAST_WINDOW = 2  # row blocks whose partial sums are kept
 _PANEL_STEP = 128  # columns: a multiple of every tile's width
 _LINE_BYTES = 128  # of L2: copies that cut lines cost a tenth of the speed (docs/experiments.md)
@@ -64,7 +65,7 @@ class SharedMap:
     stage_data: int
     scratch: int
     reduce: int  # within scratch; what a phase needs lies before it, see Walk in cuda/matvec.cuh
-    turns: int  # within scratch: rotations of one position
+    turns: int  # within scratch: rotations of each column's position
     total_bytes: int
 
 
@@ -119,6 +120,20 @@ def chunk_tiles(layout: Layout, tuning: Tuning) -> int:
     return tiles if step > most else min(_round_up(tiles, step), most // step * step)
 
 
+def parts(layout: Layout, tuning: Tuning, panel_cols: int) -> int:
+    """Blocks that share a matrix's columns in a step of several columns, and add up their sums.
+
+    As few as make each block's part one panel of activations, so that a block loads no more of them
+    than it needs at once; 1, and several panels, where no such number divides the grid.
+    """
+    most = panel_cols // layout.tile_cols
+    for count in range(1, _MOST_PARTS + 1):
+        tiles = -(-layout.tiles // count)
+        if tuning.grid % count == 0 and tiles <= most and tiles * (count - 1) < layout.tiles:
+            return count
+    return 1
+
+
 def shared_map(
     config: ModelConfig, layouts: Mapping[str, Layout], tuning: Tuning, columns: int
 ) -> SharedMap:
@@ -147,9 +162,9 @@ def _with_stages(
     stages: int,
     fair_bytes: int,
 ) -> SharedMap | None:
-    stage_data = _round_up(stages * _RING_BYTES_PER_STAGE, 128)
+    stage_data = _round_up(stages * _RING_BYTES_PER_STAGE + 8 * (columns > 1), 128)
     scratch = stage_data + stages * tuning.stage_bytes
-    turns_bytes = 4 * config.head_dim if columns == 1 else 0
+    turns_bytes = 4 * config.head_dim * columns
     room = (tuning.shared_bytes - scratch - _REDUCE_BYTES - turns_bytes) // 128 * 128
     slots = _attention_slots(config, tuning, columns, room)
     if slots is None or room < _RANKING_BYTES:

@@ -240,7 +240,6 @@ inline void red_add_release_gpu(u32* p, u32 v) {
   emulated::progress();
 }
 inline void red_add(float* p, float v) { atomicAdd(p, v); }
-inline float atom_add(float* p, float v) { return atomicAdd(p, v); }
 inline u32 atom_add_acq_rel_gpu(u32* p, u32 v) {
   u32 old = __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
   emulated::progress();
@@ -267,6 +266,7 @@ inline float ld_cg(const float* p) { return *p; }
 inline u32 ld_cg(const u32* p) { return *p; }
 inline u64 ld_cg(const u64* p) { return *p; }
 inline uint2 ld_cg(const uint2* p) { return *p; }
+inline float2 ld_cg(const float2* p) { return *p; }
 
 inline float4 ld_nc(const float4* p) { return *p; }
 inline void prefetch_l2(const void* p) { (void)p; }
@@ -280,6 +280,7 @@ inline void mbarrier_init(u64* b, u32 arrivals) { emulated::mbarrier_init(b, arr
 inline void mbarrier_arrive(u64* b) { emulated::mbarrier_arrive(b, 0); }
 inline bool mbarrier_test_wait_parity(u64* b, u32 parity) { return emulated::mbarrier_wait(b, parity); }
 inline void fence_mbarrier_init() {}
+inline void fence_proxy_async() {}
 inline void mbarrier_arrive_expect_tx(u64* b, u32 bytes) { emulated::mbarrier_arrive(b, bytes); }
 inline bool mbarrier_try_wait_parity(u64* b, u32 parity) { return emulated::mbarrier_wait(b, parity); }
 inline void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) { emulated::copy_bulk(dst, src, bytes, b); }
