@@ -55,8 +55,8 @@ __device__ __forceinline__ int v_offset(int position, int dim) {
 
 // The last block may hold positions of this step, which prepare() writes at the same time: whatever the
 // copy sees of them is finite and masked.
-template <class Map>
-__device__ void stream_past(Producer<Map>& producer, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
+template <class Map, class To>
+__device__ void stream_past(To& to, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
   const Deal::Share share = deal.take(plan.units());
 #pragma unroll 1
   for (int i = 0; i < share.count; i++) {
@@ -64,7 +64,7 @@ __device__ void stream_past(Producer<Map>& producer, Deal& deal, const Plan<Map>
     const int end = plan.split_begin(u.split + 1);
 #pragma unroll 1
     for (int b = plan.split_begin(u.split); b < end; b += kChunkBlocks)
-      producer.template copy<kInFlight>(cache + block_offset(u.kv_head, b, max_blocks), smaller(kChunkBlocks, end - b) * kBlockBytes);
+      to.template copy<kInFlight>(cache + block_offset(u.kv_head, b, max_blocks), smaller(kChunkBlocks, end - b) * kBlockBytes);
   }
 }
 
@@ -266,7 +266,7 @@ struct Part { float maximum = -kInfinity, sum = 0, value = 0; };
 // registers of the kernel allow.
 template <class Map, class Get>
 __device__ __forceinline__ Part combined(int count, Get get) {
-  constexpr int kAtOnce = Map::kColumns == 1 ? 8 : 2;
+  constexpr int kAtOnce = 8;
   Part all;
 #pragma unroll 1
   for (int first = 0; first < count; first += kAtOnce) {

@@ -14,7 +14,7 @@ __device__ __forceinline__ void copy_columns(const u16* source, int n_columns, i
   if constexpr (kBulkCopy) {
     if (thread_index() == 0) {
       u64* landed = &Shared<Map>::ring().columns;
-      fence_proxy_async();  // the copies come after what this block has been told is there
+      fence_proxy_async_global();  // the copies see what the barrier published
       mbarrier_arrive_expect_tx(landed, n_columns * cols * 2);
 #pragma unroll 1
       for (int column = 0; column < n_columns; column++) cp_async_bulk(C::x(column), source + column * m.cols + begin, cols * 2, landed);
@@ -42,17 +42,21 @@ __device__ __forceinline__ void columns_landed(Consumer<Map>& consumer, int n_co
   }
   if constexpr (m.has_sums()) {
     if (!kBulkCopy || m.padded_cols() != m.cols) sync_consumers();  // publishes what other threads wrote
-    constexpr int kLanes = m.group / 8;  // that share a group
-    const int units = Walk<Map, m>::tiles(panel) * m.tile_cols() / 8;
-#pragma unroll 1
-    for (int column = thread_index() / 32; column < n_columns; column += kWarps)
+    // Times a matrix of ones. What lies in columns that are not there stays in their sums.
+    constexpr u32 kOne = 0x3c003c00;
+    const int lane = thread_index() % 32, groups = Walk<Map, m>::tiles(panel) * m.tile_cols() / m.group;
+    const u8* x = C::x(lane / 4) + lane % 4 * 16;
 #pragma unroll 4
-      for (int unit = thread_index() % 32; unit - int(thread_index() % 32) < units; unit += 32) {
-        float sum = unit < units ? sum_of_8(reinterpret_cast<const uint4*>(C::x(column))[unit]) : 0;
+    for (int group = thread_index() / 32; group < groups; group += kWarps) {
+      float even[4] = {}, odd[4] = {};
 #pragma unroll
-        for (int i = 1; i < kLanes; i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
-        if (unit < units && unit % kLanes == 0) C::sums(column)[unit / kLanes] = sum;
+      for (int slice = 0; slice < m.group / 32; slice++) {
+        const uint4 b = *reinterpret_cast<const uint4*>(x + group * m.group * 2 + slice * 64);
+        mma<false>(even, {kOne, kOne, kOne, kOne}, b.x, b.y);
+        mma<false>(odd, {kOne, kOne, kOne, kOne}, b.z, b.w);
       }
+      if (lane < 4) C::sums(2 * lane)[group] = even[0] + odd[0], C::sums(2 * lane + 1)[group] = even[1] + odd[1];
+    }
   }
   sync_consumers();  // publishes the activations to the block's consumers
 }

@@ -26,7 +26,7 @@ struct Exchange {
   __device__ __forceinline__ void next() {
     phase++;
     if constexpr (kTagged<Map>) return;
-    fence_proxy_async();  // the next phase's copies into shared memory come after what this one wrote
+    fence_proxy_async_shared();  // copies into shared memory come after what this phase did there
     grid.sync();
   }
 
@@ -161,6 +161,10 @@ __device__ __forceinline__ float normed(int column, float v) {
 struct Reader {
   const float* weight;
   bool bf16;
+  // The weight into L2, a line or more by each block: it is needed about a phase later.
+  __device__ __forceinline__ void bring() const {
+    for (int i = thread_index() * kGrid + blockIdx.x; i < ceil_div(model::kDim, 32); i += kConsumers * kGrid) prefetch_l2(weight + 32 * i);
+  }
   __device__ __forceinline__ u16 rounded(float v) const { return (u16)(bf16 ? round_pair<true>(v, 0) : round_pair<false>(v, 0)); }
 };
 

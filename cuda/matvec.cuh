@@ -46,8 +46,9 @@ struct Walk {
   static_assert(kWindow >= 1, "shared_map left no room for partial sums");
 };
 
-template <class Map, Matrix m>
-__device__ void stream_matrix(Producer<Map>& producer, Deal& deal, const u8* weights) {
+// to: a Producer or a Prefetcher.
+template <class Map, Matrix m, class To>
+__device__ void stream_matrix(To& to, Deal& deal, const u8* weights) {
   using W = Walk<Map, m>;
   const Deal::Share share = deal.take<W::kParts>(m.row_blocks());
 #pragma unroll 1
@@ -60,7 +61,7 @@ __device__ void stream_matrix(Producer<Map>& producer, Deal& deal, const u8* wei
         const u8* src = weights + (u64)(share.first + b * W::kTeams) * m.row_block_bytes() + (u64)panel * W::kPanelTiles * m.tile_bytes();
 #pragma unroll 1
         for (int left = W::tiles(panel); left > 0; left -= m.chunk_tiles, src += m.chunk_tiles * m.tile_bytes())
-          producer.template copy<W::kInFlight>(src, smaller(left, m.chunk_tiles) * m.tile_bytes());
+          to.template copy<W::kInFlight>(src, smaller(left, m.chunk_tiles) * m.tile_bytes());
       }
 }
 
@@ -148,7 +149,7 @@ __device__ __forceinline__ void multiply_chunk(float* partial, const u8* tiles, 
   const float* sums0 = C::sums(Map::kColumns == 1 ? 0 : 2 * q) + first_tile * kTileGroups;
   const float* sums1 = C::sums(Map::kColumns == 1 ? 0 : 2 * q + 1) + first_tile * kTileGroups;
   float acc[4] = {}, bias_acc[4] = {};
-  constexpr int kUnroll = Map::kColumns == 1 && m.group == 0 ? 4 : 2;
+  constexpr int kUnroll = Map::kColumns == 1 && (m.group == 0 || m.tile_cols() == 64) ? 4 : 2;
 #pragma unroll kUnroll
   for (int t = 0; t < count; t++)
     multiply_tile<Map, m>(acc, bias_acc, tiles + t * m.tile_bytes(), x + t * m.tile_cols() * 2, sums0 + t * kTileGroups, sums1 + t * kTileGroups);

@@ -101,8 +101,7 @@ __device__ __forceinline__ void read_unit(const float* from, int unit, float (&v
 }
 
 // RMSNorm(residual) * weight, rounded for m. A thread sums the squares of what it reads, kBatch units at a time;
-// where those are all it keeps them, else it reads them again. The weight is meanwhile on its way from device
-// memory to L2.
+// where those are all it keeps them, else it reads them again.
 template <class Map, Matrix m>
 __device__ void norm_column(Exchange<Map>& exchange, const Residual<Map>& residual, const float* norm_weight) {
   constexpr int kUnit = Floats<Map, model::kDim>::kUnit;
@@ -120,8 +119,6 @@ __device__ void norm_column(Exchange<Map>& exchange, const Residual<Map>& residu
       wanted[i] = is_there(round + i);
 #pragma unroll
       for (int j = 0; j < kUnit; j++) v[i][j] = 0;
-      const int unit = S::unit(round + i);
-      if (wanted[i] && unit % 16 == 0) prefetch_l2(norm_weight + unit * kUnit);
     }
     residual.get(exchange, S::unit(round), wanted, v);
   };

@@ -16,6 +16,7 @@ struct Ring {
   u64 full[Map::kStages];        // completes when a copy has landed
   u64 empty[Map::kStages];       // completes when all lanes of its warp have read it; lies behind full
   u64 columns;                   // completes when activations have landed (cuda/columns.cuh); with one column not there
+  u32 issued, is_full;           // copies so far; whether the producer waits for a free stage
 };
 
 template <class Map>
@@ -33,6 +34,7 @@ __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
     mbarrier_init(&ring.empty[s], 32);
   }
   if constexpr (Map::kColumns > 1) mbarrier_init(&ring.columns, 1);
+  if constexpr (kPrefetch > 0) st_relaxed_cta(&ring.issued, 0), st_relaxed_cta(&ring.is_full, 0);
   fence_mbarrier_init();
 }
 
@@ -62,6 +64,7 @@ struct Producer {
   const StepArgs& args;
   int stage = 0;   // next stage to fill
   u32 parity = 0;  // of that stage's current round
+  u32 issued = 0;  // copies so far
 
   __device__ __forceinline__ explicit Producer(const StepArgs& args) : args(args) {}
 
@@ -70,7 +73,17 @@ struct Producer {
   __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
     static_assert(kMost >= 1 && kMost < Map::kStages, "a stage cannot be filled twice");
     await_landing(kMost);
-    wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
+    if constexpr (kPrefetch > 0) {
+      Ring<Map>& ring = Shared<Map>::ring();
+      if (!mbarrier_try_wait_parity(&ring.empty[stage], parity ^ 1)) {
+        st_relaxed_cta(&ring.is_full, 1);
+        wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
+        st_relaxed_cta(&ring.is_full, 0);
+      }
+      st_relaxed_cta(&ring.issued, ++issued);
+    } else {
+      wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
+    }
     start(src, bytes);
     if (++stage == Map::kStages) stage = 0, parity ^= 1;
   }
@@ -97,6 +110,34 @@ struct Producer {
       cp_async_mbarrier_arrive_noinc(full);
     }
   }
+};
+
+// Walks ahead of the producer, in a warp of its own. While the ring is full it brings the next chunks from device
+// memory into L2, so that the memory is not idle while the consumers wait for other blocks; never else, for
+// that would only lengthen the queue before it.
+template <class Map>
+struct Prefetcher {
+  u32 chunk = 0;
+  __device__ __forceinline__ explicit Prefetcher(const StepArgs&) {}
+
+  template <int kMost>
+  __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
+    const Ring<Map>& ring = Shared<Map>::ring();
+#pragma unroll 1
+    while (true) {
+      const u32 ahead = chunk - ld_relaxed_cta(&ring.issued);
+      if (int(ahead) < 0) break;
+      if (int(ahead) < kPrefetch && ld_relaxed_cta(&ring.is_full)) {
+#pragma unroll 1
+        for (u32 at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) prefetch_l2(src + at);
+        nanosleep(kPrefetchNs);
+        break;
+      }
+      nanosleep(kPrefetchNs / 2);
+    }
+    chunk++;
+  }
+  __device__ __forceinline__ void drain() {}
 };
 
 // A consumer warp's side: it takes every kWarps-th chunk of the step, in order.

@@ -157,15 +157,17 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(u64* b, u32 parity) {
                : "=r"(done) : "r"(smem_address(b)), "r"(parity) : "memory");
   return done;
 }
-// Orders what threads read and wrote before what bulk copies read and write after.
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Order what this thread did to that memory, or knows to be done, before what bulk copies do later.
+__device__ __forceinline__ void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_address(dst)),
                "l"(src), "r"(bytes), "r"(smem_address(b)) : "memory");
 }
 #else
 __device__ __forceinline__ void fence_mbarrier_init() {}
-__device__ __forceinline__ void fence_proxy_async() {}
+__device__ __forceinline__ void fence_proxy_async_shared() {}
+__device__ __forceinline__ void fence_proxy_async_global() {}
 __device__ __forceinline__ bool mbarrier_try_wait_parity(u64* b, u32 parity) { return mbarrier_test_wait_parity(b, parity); }
 #endif
 __device__ __forceinline__ void cp_async_16(void* dst, const void* src) {
@@ -179,6 +181,18 @@ __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void nanosleep(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
+
+// Words in shared memory that one thread writes and others look at.
+__device__ __forceinline__ u32 ld_relaxed_cta(const u32* p) {
+  u32 v;
+  asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(smem_address(p)) : "memory");
+  return v;
+}
+__device__ __forceinline__ void st_relaxed_cta(u32* p, u32 v) {
+  asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(smem_address(p)), "r"(v) : "memory");
 }
 
 // Barriers within a block.

@@ -7,23 +7,23 @@
 
 namespace {
 
-template <class Map>
-__device__ void produce(const StepArgs& args) {
-  if (kBulkCopy && threadIdx.x % 32 != 0) return;
-  Producer<Map> producer(args);
+// All that the step reads from device memory in large pieces, in the order in which it is consumed.
+template <class Map, class To>
+__device__ void stream(const StepArgs& args) {
+  To to(args);
   Deal deal;
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
     const attention::Plan<Map> plan(args.n_columns, args.position, model::window(layer));
-    stream_matrix<Map, tensors::wqkv>(producer, deal, weights + tensors::wqkv.offset);
-    attention::stream_past(producer, deal, plan, args.kv_cache + layer * args.kv_layer_bytes, args.max_blocks);
-    stream_matrix<Map, tensors::wo>(producer, deal, weights + tensors::wo.offset);
-    stream_matrix<Map, tensors::w_gate_up>(producer, deal, weights + tensors::w_gate_up.offset);
-    stream_matrix<Map, tensors::w_down>(producer, deal, weights + tensors::w_down.offset);
+    stream_matrix<Map, tensors::wqkv>(to, deal, weights + tensors::wqkv.offset);
+    attention::stream_past<Map>(to, deal, plan, args.kv_cache + layer * args.kv_layer_bytes, args.max_blocks);
+    stream_matrix<Map, tensors::wo>(to, deal, weights + tensors::wo.offset);
+    stream_matrix<Map, tensors::w_gate_up>(to, deal, weights + tensors::w_gate_up.offset);
+    stream_matrix<Map, tensors::w_down>(to, deal, weights + tensors::w_down.offset);
   }
-  if (args.head) stream_matrix<Map, tensors::head>(producer, deal, args.weights + tensors::head.offset);
-  producer.drain();
+  if (args.head) stream_matrix<Map, tensors::head>(to, deal, args.weights + tensors::head.offset);
+  to.drain();
 }
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
@@ -53,6 +53,7 @@ __device__ void consume(const StepArgs& args) {
     return Reader{reinterpret_cast<const float*>(args.weights + at), layer < model::kLayers ? tensors::wqkv.bf16() : tensors::head.bf16()};
   };
 
+  reader_of(0).bring();
   attention::Turns<Map>::keep(args);
   embed(exchange, residual(), n, reader_of(0), embedding);
   exchange.next();  // publishes the embedding
@@ -64,7 +65,6 @@ __device__ void consume(const StepArgs& args) {
     const float* wo_bias = vector(tensors::wo_bias);
     const float* w_gate_up_bias = vector(tensors::w_gate_up_bias);
     const float* w_down_bias = vector(tensors::w_down_bias);
-    const Reader ffn_reader{vector(tensors::ffn_norm), tensors::w_gate_up.bf16()};
 
     multiply_matrix<Map, tensors::wqkv>(
         consumer, deal, n,
@@ -81,6 +81,8 @@ __device__ void consume(const StepArgs& args) {
                                             vector(tensors::k_norm), args.kv_cache + layer * args.kv_layer_bytes, attended());
     exchange.next();  // publishes the heads' outputs
 
+    const Reader ffn_reader{vector(tensors::ffn_norm), tensors::w_gate_up.bf16()};
+    ffn_reader.bring();
     multiply_matrix<Map, tensors::wo>(
         consumer, deal, n, [&](int panel, bool) { load_rounded<Map, tensors::wo>(consumer, exchange, attended(), n, panel); },
         [&](int row, int column, float low, float high, u32 lanes, Old old) {
@@ -100,6 +102,7 @@ __device__ void consume(const StepArgs& args) {
         });
     exchange.next();  // publishes SwiGLU's result
 
+    reader_of(layer + 1).bring();
     multiply_matrix<Map, tensors::w_down>(
         consumer, deal, n, [&](int panel, bool) { load_rounded<Map, tensors::w_down>(consumer, exchange, hidden(), n, panel); },
         [&](int row, int column, float low, float high, u32 lanes, Old old) {
@@ -127,8 +130,9 @@ template <class Map>
 __device__ __forceinline__ void step(const StepArgs& args) {
   if (threadIdx.x == 0) init_ring(Shared<Map>::ring());
   __syncthreads();  // publishes the ring's barriers to all warps
-  if (threadIdx.x >= kConsumers) produce<Map>(args);
-  else consume<Map>(args);
+  if (threadIdx.x < kConsumers) consume<Map>(args);
+  else if (threadIdx.x >= kConsumers + 32) stream<Map, Prefetcher<Map>>(args);
+  else if (!kBulkCopy || threadIdx.x % 32 == 0) stream<Map, Producer<Map>>(args);
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ class Program:
         consumers = 32 * self.tuning.warps
         if kernel == PREFILL:
             return consumers, self.tuning.shared_bytes
-        return consumers + 32, self.maps[kernel].total_bytes
+        return self.tuning.threads, self.maps[kernel].total_bytes
 
 
 def generate(
@@ -244,7 +244,8 @@ def _check(config: ModelConfig, matrices: Mapping[str, Layout]) -> None:
 def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
     return "\n".join([
         f"constexpr int kWarps = {tuning.warps}, kConsumers = {32 * tuning.warps};",
-        f"constexpr int kThreads = {32 * tuning.warps + 32}, kStageBytes = {tuning.stage_bytes};",
+        f"constexpr int kThreads = {tuning.threads}, kStageBytes = {tuning.stage_bytes};",
+        f"constexpr int kPrefetch = {tuning.prefetch}, kPrefetchNs = {tuning.prefetch_ns};",
         f"constexpr int kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
         f"constexpr int kGrid = {tuning.grid}, kSharedBytes = {tuning.shared_bytes};",
         f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",

@@ -26,6 +26,7 @@ _LEAST_WINDOW = 2  # row blocks whose partial sums are kept
 _PANEL_STEP = 128  # columns: a multiple of every tile's width
 _LINE_BYTES = 128  # of L2: copies that cut lines cost a tenth of the speed (docs/experiments.md)
 _STAGE_BYTES = 8192  # about this much
+_PREFETCH = 12  # chunks, where a multiprocessor's part of a layer is half a megabyte or more
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Tuning:
     stages: int = 24  # most stages of the ring; a kernel takes fewer where memory is short
     stage_bytes: int = 8192
     in_flight_bytes: int = 40960  # most bytes of copies that have not landed
+    prefetch: int = 0  # chunks beyond a full ring that may be brought into L2
+    prefetch_ns: int = 300  # from one of them to the next
     bulk_copy: bool = True  # cp.async.bulk, sm_90 and newer; else cp.async
     grid: int = 132  # blocks
     shared_bytes: int = 232448
@@ -52,6 +55,11 @@ class Tuning:
     split_blocks: int = 8  # least blocks of 16 positions of a split
     prefill_tokens: int = 512  # most tokens of a prompt that one launch reads; 0: only steps do
     profile: bool = False  # compile the in-kernel timer in
+
+    @property
+    def threads(self) -> int:
+        """Of a block of the step kernel: consumers, the producer's warp, the prefetcher's."""
+        return 32 * (self.warps + 1 + (self.prefetch > 0))
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,14 @@ def choose(
         shared_bytes=device.shared_bytes,
         stage_bytes=stage_bytes,
         in_flight_bytes=(5 if wide else 4) * stage_bytes,
+        prefetch=_PREFETCH if _layer_bytes(matrices) >= device.multiprocessors << 19 else 0,
     )
     return replace(chosen, **overrides)  # type: ignore[arg-type]
+
+
+def _layer_bytes(matrices: Mapping[str, Layout]) -> int:
+    layer = [m for name, m in matrices.items() if name.startswith("layers.0.")]
+    return sum(m.row_blocks * m.row_block_bytes for m in layer)
 
 
 def _stage_bytes(config: ModelConfig, matrices: Mapping[str, Layout]) -> int:
@@ -123,15 +137,30 @@ def chunk_tiles(layout: Layout, tuning: Tuning) -> int:
 def parts(layout: Layout, tuning: Tuning, panel_cols: int) -> int:
     """Blocks that share a matrix's columns in a step of several columns, and add up their sums.
 
-    As few as make each block's part one panel of activations, so that a block loads no more of them
-    than it needs at once; 1, and several panels, where no such number divides the grid.
+    1 where the activations are one panel anyway. Else the number that divides the grid, makes each
+    block's part one panel, and leaves a warp the fewest chunks; 1, and several panels, without one.
     """
     most = panel_cols // layout.tile_cols
-    for count in range(1, _MOST_PARTS + 1):
-        tiles = -(-layout.tiles // count)
-        if tuning.grid % count == 0 and tiles <= most and tiles * (count - 1) < layout.tiles:
-            return count
-    return 1
+    if layout.tiles <= most:
+        return 1
+
+    def chunks_of_warp(count: int) -> int:
+        row_blocks = -(-layout.row_blocks * count // tuning.grid)
+        chunks = -(-_part_tiles(layout, count) // chunk_tiles(layout, tuning))
+        return -(-row_blocks * chunks // tuning.warps)
+
+    fitting = [
+        count
+        for count in range(2, _MOST_PARTS + 1)
+        if tuning.grid % count == 0
+        and _part_tiles(layout, count) <= most
+        and _part_tiles(layout, count) * (count - 1) < layout.tiles  # none is empty
+    ]
+    return min(fitting, key=chunks_of_warp, default=1)
+
+
+def _part_tiles(layout: Layout, count: int) -> int:
+    return -(-layout.tiles // count)
 
 
 def shared_map(
@@ -162,7 +191,7 @@ def _with_stages(
     stages: int,
     fair_bytes: int,
 ) -> SharedMap | None:
-    stage_data = _round_up(stages * _RING_BYTES_PER_STAGE + 8 * (columns > 1), 128)
+    stage_data = _round_up(stages * _RING_BYTES_PER_STAGE + 16, 128)
     scratch = stage_data + stages * tuning.stage_bytes
     turns_bytes = 4 * config.head_dim * columns
     room = (tuning.shared_bytes - scratch - _REDUCE_BYTES - turns_bytes) // 128 * 128

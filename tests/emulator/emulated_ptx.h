@@ -223,6 +223,9 @@ inline u32 ld_relaxed_gpu(const u32* p) {
   emulated::after_poll(p, v);
   return v;
 }
+inline void nanosleep(u32) { emulated::pause(); }
+inline u32 ld_relaxed_cta(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline void st_relaxed_cta(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 inline u64 ld_relaxed_gpu(const u64* p) {
   const u32* high = reinterpret_cast<const u32*>(p) + 1;   // the part that changes from phase to phase
   emulated::before_poll(high);
@@ -280,7 +283,8 @@ inline void mbarrier_init(u64* b, u32 arrivals) { emulated::mbarrier_init(b, arr
 inline void mbarrier_arrive(u64* b) { emulated::mbarrier_arrive(b, 0); }
 inline bool mbarrier_test_wait_parity(u64* b, u32 parity) { return emulated::mbarrier_wait(b, parity); }
 inline void fence_mbarrier_init() {}
-inline void fence_proxy_async() {}
+inline void fence_proxy_async_shared() {}
+inline void fence_proxy_async_global() {}
 inline void mbarrier_arrive_expect_tx(u64* b, u32 bytes) { emulated::mbarrier_arrive(b, bytes); }
 inline bool mbarrier_try_wait_parity(u64* b, u32 parity) { return emulated::mbarrier_wait(b, parity); }
 inline void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) { emulated::copy_bulk(dst, src, bytes, b); }
