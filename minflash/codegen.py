@@ -154,7 +154,9 @@ def generate(
     args = step_args_dtype(config.head_dim)
     per_token = prefill_token_bytes(config, layouts)
     tokens = prefill_tokens(tuning, max_context or config.max_context)
-    shared = {k: parts(layout, tuning, maps["step_many"].panel_cols) for k, layout in layouts.items()}
+    shared = {
+        k: parts(layout, tuning, maps["step_many"].panel_cols) for k, layout in layouts.items()
+    }
     workspace = _workspace(
         config, tuning, _team_row_blocks(layouts, shared), tokens * sum(per_token.values())
     )

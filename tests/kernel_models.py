@@ -221,6 +221,7 @@ class Run:
     capability: int = 90  # 80: cp.async in place of bulk copies
     shared_bytes: int = 101376  # of a block
     small: bool = True  # a small ring and short splits, so that tiny models go round them often
+    prefetch: int = 3  # chunks
     kv_type: str | None = None
     max_context: int | None = None
     edit: Callable[[str], str] | None = None  # emulated only: plants a bug
@@ -275,7 +276,9 @@ def tuning(model: RandomModel, run: Run, facts: DeviceFacts) -> Any:
     if not run.small:
         return choose(model.config, model.matrices, facts)
     small = {"stages": 8, "stage_bytes": 64 * model.config.head_dim, "in_flight_bytes": 12288}
-    return choose(model.config, model.matrices, facts, **small, split_blocks=2)
+    return choose(
+        model.config, model.matrices, facts, **small, split_blocks=2, prefetch=run.prefetch
+    )
 
 
 def without_last_block(step: StepModel) -> dict[str, Launch]:

@@ -12,7 +12,7 @@ from minflash.config import ModelConfig
 from minflash.errors import DeviceError
 from minflash.packing import Layout
 from minflash.shapes import shape_config, shape_layouts
-from minflash.tuning import DeviceFacts, Tuning, choose, chunk_tiles
+from minflash.tuning import DeviceFacts, Tuning, choose, chunk_tiles, parts
 
 SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b")
 MULTIPROCESSORS = (82, 108, 114, 128, 132, 148, 170)
@@ -60,7 +60,7 @@ def check_shared_memory(config: ModelConfig, layouts: dict[str, Layout], tuning:
         assert m.stages % tuning.warps == 0 < m.stages  # a warp owns fixed stages
         assert m.total_bytes <= tuning.shared_bytes
         assert m.stage_data % 128 == 0 and m.scratch % 128 == 0  # bulk copies need 16
-        assert m.stages * (8 + 8) <= m.stage_data  # the mbarriers lie before
+        assert m.stages * (8 + 8) + 16 <= m.stage_data  # the mbarriers lie before, and two words
         assert m.stage_data + m.stages * tuning.stage_bytes <= m.scratch
         # Before `reduce`: activations, their sums over groups, partial sums of two row blocks.
         sums = sum_count(layouts, m.panel_cols)
@@ -75,6 +75,22 @@ def sum_count(layouts: dict[str, Layout], cols: int) -> int:
     """Sums over groups of so many activations, for the smallest groups of integers."""
     groups = [m.group_size for m in layouts.values() if m.type in ("int4", "int8")]
     return -(-cols // min(groups)) if groups else 0
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_teams_cover_a_matrix_with_a_panel_each(name: str, quant: str) -> None:
+    config, layouts = shape(name, quant)
+    for device in CARDS:
+        tuning = choose(config, layouts, device)
+        panel_cols = generate(config, layouts, tuning).maps["step_many"].panel_cols
+        for layout in set(layouts.values()):
+            count, most = parts(layout, tuning, panel_cols), panel_cols // layout.tile_cols
+            assert tuning.grid % count == 0
+            assert (count == 1) >= (layout.tiles <= most)  # no team where one panel is all
+            if count > 1:
+                tiles = -(-layout.tiles // count)
+                assert tiles <= most and (count - 1) * tiles < layout.tiles
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -1,0 +1,75 @@
+"""The step kernel for several columns: what it does otherwise than for one."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from kernel_models import (
+    Machine,
+    RandomModel,
+    Run,
+    assert_within_bound,
+    feed,
+    model_config,
+    random_tokens,
+    references,
+)
+
+from minflash.quantize import quantize
+
+WIDE = [("bf16", 0, 64, 4128), ("int8", 32, 4128, 64), ("int4", 64, 64, 4160)]
+
+
+def wide_model(type: str, group: int, dim: int, hidden_dim: int) -> RandomModel:
+    config = model_config(dim=dim, hidden_dim=hidden_dim, n_heads=2, n_layers=1, vocab_size=130)
+    return RandomModel(config, type, group)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("grid", [2, 4, 6])
+@pytest.mark.parametrize("wide", WIDE, ids=str)
+def test_matrices_in_parts(
+    machine: Machine, wide: tuple[str, int, int, int], grid: int, capability: int
+) -> None:
+    """Teams of blocks that share a matrix's columns, whichever of them arrives last."""
+    model = wide_model(*wide)
+    tokens = random_tokens(model.config, 19)
+    expected = references(model, tokens)
+    runs = []
+    for seed in range(2):
+        step = machine.open(model, Run(grid, "random", seed, capability))
+        parts = [int(n) for n in re.findall(r"constexpr Matrix .*, (\d+)\};", step.program.source)]
+        assert max(parts) > 1 and all(grid % n == 0 for n in parts)
+        runs.append(feed(step, tokens, (8, 3, 8)))
+    assert_within_bound(runs[0], *expected)
+    assert np.array_equal(*runs)
+
+
+@pytest.mark.parametrize("type, group", [("bf16", 0), ("fp16", 0), ("fp8", 64), ("int4", 64)])
+@pytest.mark.parametrize("factor", [1000.0, 0.001], ids=["grows", "stays"])
+def test_a_residual_of_another_size(machine: Machine, type: str, group: int, factor: float) -> None:
+    """A layer that makes the residual a thousand times as large, as some models' first ones do.
+
+    The next norm's input is handed on in fp16 before that norm is known.
+    """
+    model = RandomModel(model_config(dim=128, hidden_dim=192, n_layers=3), type, group)
+    for name in ("layers.0.wo", "layers.1.w_down"):
+        shape = model.matrices[name].rows, model.matrices[name].cols
+        values = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+        values *= np.float32(factor * 2 / np.sqrt(shape[1]))
+        model.put(name, quantize(values, type, group, search=False))
+    tokens = random_tokens(model.config, 24)
+    logits = feed(machine.open(model), tokens, (8, 7, 1))
+    assert_within_bound(logits, *references(model, tokens))
+
+
+@pytest.mark.parametrize("columns", [(1,), (8,)], ids=["one column", "eight"])
+def test_prefetching_changes_nothing(machine: Machine, columns: tuple[int, ...]) -> None:
+    model = RandomModel(model_config(windows=(30, 0)), "int4", 32, ("int8", 32))
+    tokens = random_tokens(model.config, 40)
+    with_it, without = (
+        feed(machine.open(model, Run(3, "random", prefetch=n)), tokens, columns) for n in (5, 0)
+    )
+    assert np.array_equal(with_it, without)
