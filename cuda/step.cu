@@ -103,13 +103,11 @@ __device__ void consume(const StepArgs& args) {
 
   if (!args.head) return;
   const float* final_norm = reinterpret_cast<const float*>(args.weights + tensors::final_norm);
-  sampler::Choice<Map> choice(args);
+  sampler::Choice<Map> choice(args, Deal(deal).take(tensors::head.row_blocks()));
   multiply_matrix<Map, tensors::head>(
       consumer, deal, n, [&](int panel) { load_normed<Map, tensors::head>(exchange, residual(), final_norm, n, panel); },
-      [&](int row, int column, float low, float high, u32, Nothing) {
-        if (row < model::kVocab) choice.see(low, column, row);
-        if (row + 8 < model::kVocab) choice.see(high, column, row + 8);
-      });
+      [&](int row, int column, float low, float high, u32, sampler::Noted noted) { choice.see(row, column, low, high, noted); },
+      [&](int row) { return choice.fetch(row); });
   choice.finish(exchange.grid);
 }
 
