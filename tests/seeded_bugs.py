@@ -295,7 +295,10 @@ def main() -> None:
     for index, bug in enumerate([*BUGS, *dropped()]):
         # In a process of its own: one cannot hold the libraries of all bugs.
         one = [sys.executable, __file__, "symptom", str(index)]
-        found = subprocess.run(one, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+        done = subprocess.run(one, stdout=subprocess.PIPE, text=True)
+        if done.returncode > 0:
+            sys.exit(f"{bug.what}: the search for a symptom failed")
+        found = done.stdout.strip() or ("the process dies" if done.returncode < 0 else "")
         if not found:
             found = "ThreadSanitizer" if caught_by_thread_sanitizer(index) else "NOT CAUGHT"
         print(f"| {bug.what} | {found} |", flush=True)
