@@ -2,12 +2,17 @@
 // in bins by their distance from the largest one. Bins tell how far the answer reaches; only the bins at
 // its edge are listed, one by one, and settled by the block that arrives last. All sums are of integers,
 // so that no result depends on an order.
+//
+// All of this runs once a step, so that its instructions may have to come from L2: what is needed in several
+// places is a function, not inlined.
 #pragma once
 #include "norm.cuh"
 
 namespace ranking {
 
-constexpr int kBins = 1024;
+constexpr int kBins = 1024, kBinBits = 10;
+constexpr int kEach = kBins / kConsumers;  // neighbouring bins of a thread
+static_assert(kEach % 4 == 0 && kEach * kConsumers == kBins, "a thread reads its bins in whole vectors");
 
 struct Bins {
   u64 weight[kBins];  // of scores, as top_p weighs them
@@ -16,14 +21,14 @@ struct Bins {
   u64 total;          // the softmax's denominator of those, in 2^-44
 };
 
-struct Entry {
+struct alignas(8) Entry {
   u32 key, token;
 };
 
-// What blocks share while they rank: zero between two steps.
+// What blocks share while they rank. All but the bins is zero between two steps.
 struct Tail {
   u32 top_score, top_logit;  // as keys
-  u32 listed, ranked;        // entries of the two lists
+  u64 entries;               // of the two lists: scores, and logits << 32
   Bins bins;
 };
 static_assert(sizeof(Tail) == kTailBytes, "Tail differs from TAIL_BYTES of codegen.py");
@@ -42,15 +47,18 @@ __device__ __forceinline__ int bin_of(float top, float v) {
   return bin < 0 ? 0 : smaller(bin, kBins - 1);
 }
 
-__device__ __forceinline__ u64 warp_total(u64 v) {
-#pragma unroll
-  for (int i = 16; i; i /= 2) v += __shfl_xor_sync(0xffffffffu, v, i);
-  return v;
+// A place in shared memory for what one thread tells all.
+template <class Map, class Told>
+__device__ __forceinline__ Told& told() {
+  static_assert(16 * kWarps + sizeof(Told) <= 256, "it lies behind what warps tell, in the room of _REDUCE_BYTES of tuning.py");
+  return *reinterpret_cast<Told*>(Shared<Map>::scratch() + Map::kReduce + 16 * kWarps);
 }
 
-// The sum over the block's threads before this one; `all` becomes the sum over all of them.
+struct Sums {
+  u64 before, all;  // over the block's threads before this one, and over all of them
+};
 template <class Map>
-__device__ __forceinline__ u64 sum_before(u64 mine, u64& all) {
+__device__ __noinline__ Sums sum_before(u64 mine) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   u64 sum = mine;
 #pragma unroll
@@ -62,40 +70,135 @@ __device__ __forceinline__ u64 sum_before(u64 mine, u64& all) {
   sync_consumers();  // nobody reads earlier sums any more
   if (lane == 31) warps[warp] = sum;
   sync_consumers();  // publishes the warps' sums
-  u64 before = 0;
-  all = 0;
+  Sums sums{sum - mine, 0};
   for (int w = 0; w < kWarps; w++) {
-    if (w < warp) before += warps[w];
-    all += warps[w];
+    if (w < warp) sums.before += warps[w];
+    sums.all += warps[w];
   }
-  return before + sum - mine;
+  return sums;
 }
 
-// The largest key for which the weights of the entries with that key or a larger one reach the goal. In
-// each round every warp tries another key: with 8 warps 11 rounds. Called by the block that arrived last;
-// its acquire lets it read what others listed through L1, from the second round on.
-template <class Map, class Weight>
-__device__ u32 select(const Entry* list, u32 count, u64 goal, Weight weight) {
-  u64* sums = reinterpret_cast<u64*>(Shared<Map>::scratch() + Map::kReduce);  // [kWarps]
-  u64 low = 0, high = 1ull << 32;  // low reaches the goal, high does not
-#pragma unroll 1
-  while (high - low > 1) {
-    const u64 step = (high - low + kWarps) / (kWarps + 1), key = low + (threadIdx.x / 32 + 1) * step;
-    u64 sum = 0;
-#pragma unroll 4
-    for (u32 i = threadIdx.x % 32; i < count; i += 32)
-      if (list[i].key >= key) sum += weight(list[i].key);
-    sum = warp_total(sum);
-    sync_consumers();  // the sums of the round before have been read
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = key < high ? sum : 0;
-    sync_consumers();  // publishes what each key reaches
-    int reached = 0;
-    while (reached < kWarps && sums[reached] >= goal) reached++;
-    low += reached * step;
-    if (low + step < high) high = low + step;
-  }
-  return (u32)low;
+// Adds in shared memory, which adds 32 bits at a time; with 64 each would try until nobody comes between. Of
+// all orders of additions each has the same carries.
+__device__ __forceinline__ void add_wide(u64* sum, u64 v) {
+  u32* words = reinterpret_cast<u32*>(sum);
+  const u32 low = (u32)v, old = atomicAdd(words, low), high = (u32)(v >> 32) + (old + low < old);
+  if (high) atomicAdd(words + 1, high);
 }
+
+// What top_p weighs a score with.
+__device__ __forceinline__ u64 weight_of(float score, float top) { return (u64)(expf(score - top) * 4294967296.0f); }
+
+// Calls use(place, entry) for this thread's part of a list; many reads are on their way at a time.
+template <class Use>
+__device__ __forceinline__ void each_entry(const Entry* list, u32 count, Use use) {
+  constexpr u32 kBatch = 8;
+#pragma unroll 1
+  for (u32 first = threadIdx.x; first < count; first += kBatch * kConsumers) {
+    Entry entries[kBatch];
+#pragma unroll
+    for (u32 i = 0; i < kBatch; i++) entries[i] = list[min(first + i * kConsumers, count - 1)];
+    const u32 end = min(first + kBatch * kConsumers, count);
+#pragma unroll 1
+    for (u32 place = first; place < end; place += kConsumers) {
+      use(place, entries[0]);
+#pragma unroll
+      for (u32 i = 1; i < kBatch; i++) entries[i - 1] = entries[i];
+    }
+  }
+}
+
+// A list, and between what keys its entries lie.
+struct List {
+  const Entry* entries;
+  u32 count, low, high;
+};
+
+// Brings a list near: into the stages of the ring, where it fits. They are free, for the consumers have read
+// all that the step streams. Called by the block that arrived last, whose acquire lets it read what others
+// listed through L1.
+template <class Map>
+__device__ __noinline__ List bring(const Entry* from, u32 count) {
+  Entry* room = reinterpret_cast<Entry*>(Shared<Map>::stage(0));
+  const bool fits = count <= Map::kStages * kStageBytes / sizeof(Entry);
+  u32 low = 0xffffffffu, high = 0;
+  each_entry(from, count, [&](u32 place, Entry entry) {
+    if (fits) room[place] = entry;
+    low = min(low, entry.key), high = max(high, entry.key);
+  });
+#pragma unroll
+  for (int i = 16; i; i /= 2) {
+    low = min(low, __shfl_xor_sync(0xffffffffu, low, i));
+    high = max(high, __shfl_xor_sync(0xffffffffu, high, i));
+  }
+  uint2* warps = reinterpret_cast<uint2*>(Shared<Map>::scratch() + Map::kReduce);  // [kWarps]
+  sync_consumers();  // the room is free
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = make_uint2(low, high);
+  sync_consumers();  // publishes the list and the warps' least and largest keys
+  for (int w = 0; w < kWarps; w++) low = min(low, warps[w].x), high = max(high, warps[w].y);
+  return {fits ? room : from, count, low, high};
+}
+
+// The largest key for which the weights of the entries with that key or a larger one reach the goal, which
+// all entries together do. Of the range of keys, and then of the part of it in which the goal is reached,
+// 1024 parts are weighed at a time, the one of the largest keys first.
+template <class Map, class Key, class KeyOf, class Weight>
+__device__ __noinline__ Key select(List list, Key low, Key high, u64 goal, KeyOf key_of, Weight weight) {
+  struct Found {
+    u64 goal;  // what is left of it
+    u32 part;
+  };
+  u64* parts = reinterpret_cast<u64*>(Shared<Map>::scratch());  // [kBins]
+  u64* mine = parts + threadIdx.x * kEach;
+#pragma unroll
+  for (int i = 0; i < kEach; i++) mine[i] = 0;
+  sync_consumers();  // the parts are empty
+  int bits = 64 - __clzll(high - low);  // the range's: from high down
+#pragma unroll 1
+  while (bits > 0) {
+    const int shift = bits > kBinBits ? bits - kBinBits : 0;
+    each_entry(list.entries, list.count, [&](u32, Entry entry) {
+      const Key key = key_of(entry), below = high - key;
+      if (key <= high && (u64)below >> shift < kBins) add_wide(parts + (below >> shift), weight(entry));
+    });
+    sync_consumers();  // publishes the parts
+    u64 weights[kEach], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; i++) weights[i] = mine[i], mine[i] = 0, sum += weights[i];
+    u64 before = sum_before<Map>(sum).before;
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      if (before < goal && before + weights[i] >= goal) told<Map, Found>() = {goal - before, threadIdx.x * kEach + i};
+      before += weights[i];
+    }
+    sync_consumers();  // publishes the part in which the goal is reached
+    goal = told<Map, Found>().goal;
+    high -= (Key)told<Map, Found>().part << shift;
+    bits = shift;
+  }
+  return high;
+}
+
+// The order of selection: by keys alone, and among equal keys by token, the lowest first.
+struct ByKey {
+  __device__ __forceinline__ u32 operator()(Entry entry) const { return entry.key; }
+};
+struct ByKeyAndToken {
+  __device__ __forceinline__ u64 operator()(Entry entry) const { return (u64)entry.key << 32 | ~entry.token; }
+};
+
+// What an entry counts for: one, or what top_p weighs it with if it is among those that top_k keeps.
+struct Counts {
+  __device__ __forceinline__ u64 operator()(Entry) const { return 1; }
+};
+struct CountsOrWeighs {
+  bool counts;
+  u32 least;  // key that top_k keeps
+  float top;
+  __device__ __forceinline__ u64 operator()(Entry entry) const {
+    return counts ? 1 : entry.key >= least ? weight_of(unordered(entry.key), top) : 0;
+  }
+};
 
 // Which bins the filters keep whole, which they cut through, and which hold the likeliest tokens.
 struct Bounds {
@@ -113,32 +216,42 @@ __device__ __forceinline__ u64 share_of(double top_p, u64 mass) {
   return (u64)goal + ((double)(u64)goal < goal);
 }
 
-// Reads the grid's bins. top_k and n: 0 when nothing is asked of them; top_p: 1.
+// Four words of a thread's bins at a time.
+__device__ __forceinline__ void read_bins(const u32* from, u32 (&bins)[kEach]) {
+#pragma unroll
+  for (int i = 0; i < kEach; i += 4) {
+    const uint4 v = ld_cg(reinterpret_cast<const uint4*>(from + threadIdx.x * kEach + i));
+    bins[i] = v.x, bins[i + 1] = v.y, bins[i + 2] = v.z, bins[i + 3] = v.w;
+  }
+}
+__device__ __forceinline__ void read_bins(const u64* from, u64 (&bins)[kEach]) {
+#pragma unroll
+  for (int i = 0; i < kEach; i += 2) {
+    const uint4 v = ld_cg(reinterpret_cast<const uint4*>(from + threadIdx.x * kEach + i));
+    bins[i] = (u64)v.y << 32 | v.x, bins[i + 1] = (u64)v.w << 32 | v.z;
+  }
+}
+
+// Reads of the grid's bins what is asked for. top_k and n: 0 when nothing is asked of them; top_p: 1.
 template <class Map>
 __device__ Bounds find_bounds(const Bins& bins, u32 top_k, double top_p, u32 n) {
-  constexpr int kEach = ceil_div(kBins, kConsumers);
   struct Found {
     Bounds bounds;
     u64 kept;  // weight of the scores before top_k's bin
   };
   Found* found = reinterpret_cast<Found*>(Shared<Map>::scratch());
-  u64 weight[kEach], weights = 0, counts = 0;
-  u32 count[kEach], logits[kEach];
+  u64 weight[kEach] = {}, weights = 0, counts = 0;
+  u32 count[kEach] = {}, logits[kEach] = {};
+  if (top_p < 1) read_bins(bins.weight, weight);
+  if (top_k) read_bins(bins.count, count);
+  if (n) read_bins(bins.logits, logits);
 #pragma unroll
-  for (int i = 0; i < kEach; i++) {
-    const int bin = threadIdx.x * kEach + i;
-    weight[i] = 0, count[i] = logits[i] = 0;
-    if (bin < kBins) weight[i] = ld_cg(bins.weight + bin), count[i] = ld_cg(bins.count + bin), logits[i] = ld_cg(bins.logits + bin);
-    weights += weight[i];
-    counts += (u64)count[i] << 32 | logits[i];
-  }
-  u64 all_weights, all_counts;
-  const u64 weights_before = sum_before<Map>(weights, all_weights);
-  const u64 counts_before = sum_before<Map>(counts, all_counts);
-  if (threadIdx.x == 0) *found = {{top_p < 1 ? 0 : kBins, kBins, n ? kBins - 1 : -1, 0, 0, all_weights}, all_weights};
+  for (int i = 0; i < kEach; i++) weights += weight[i], counts += (u64)count[i] << 32 | logits[i];
+  const Sums of_weights = top_p < 1 ? sum_before<Map>(weights) : Sums(), of_counts = top_k || n ? sum_before<Map>(counts) : Sums();
+  if (threadIdx.x == 0) *found = {{top_p < 1 ? 0 : kBins, kBins, n ? kBins - 1 : -1, 0, 0, of_weights.all}, of_weights.all};
   sync_consumers();  // publishes what holds where no bin is found
-  u64 before = weights_before;
-  u32 scores = (u32)(counts_before >> 32), ranked = (u32)counts_before;
+  u64 before = of_weights.before;
+  u32 scores = (u32)(of_counts.before >> 32), ranked = (u32)of_counts.before;
 #pragma unroll
   for (int i = 0; i < kEach; i++) {
     const int bin = threadIdx.x * kEach + i;
@@ -153,7 +266,7 @@ __device__ Bounds find_bounds(const Bins& bins, u32 top_k, double top_p, u32 n) 
   if (top_p < 1) {
     // How much of its last bin top_k keeps is not known yet. More of it can only raise the goal.
     const u64 goal = share_of(top_p, found->kept);
-    before = weights_before, scores = (u32)(counts_before >> 32);
+    before = of_weights.before, scores = (u32)(of_counts.before >> 32);
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
       if (before < goal && before + weight[i] >= goal) {

@@ -39,7 +39,9 @@ __device__ __forceinline__ u32 random_bits(u64 seed, u32 token, u32 position) {
   const u32 word = token % 4;
   return word == 0 ? c[0] : word == 1 ? c[1] : word == 2 ? c[2] : c[3];
 }
-__device__ __forceinline__ float gumbel(u32 bits) {
+// Gumbel noise.
+__device__ __noinline__ float noise(u64 seed, u32 token, u32 position) {
+  const u32 bits = random_bits(seed, token, position);
   const float v = fminf((float(bits) + 0.5f) * 2.3283064365386963e-10f, 0.99999994f);
   return -logf(-log1pf(-v));
 }
@@ -47,24 +49,34 @@ __device__ __forceinline__ float gumbel(u32 bits) {
 // A word a token: how often the answer has it (low bits), and these.
 constexpr u32 kInPrompt = 0x80000000u, kEndsAnswer = 0x40000000u, kCount = 0x3fffffffu;
 
-// Steps a to e of sampling.py, each rounded on its own as there.
-__device__ __forceinline__ float adjusted(const StepArgs& args, float logit, u32 token) {
+// What the host and earlier steps noted of the tokens `row` and `row` + 8.
+struct Noted {
+  uint2 low, high;  // word, bias
+  u32 allowed;      // bits 0 and 8: those of the mask
+};
+__device__ __forceinline__ Noted read_noted(const StepArgs& args, int row) {
   const Workspace work(args);
+  Noted noted{{0, 0}, {0, 0}, 0xffffffffu};
+  if (args.adjust) noted.low = ld_cg(work.noted() + smaller(row, model::kVocab - 1)), noted.high = ld_cg(work.noted() + smaller(row + 8, model::kVocab - 1));
+  if (args.mask) noted.allowed = ld_cg(work.mask() + smaller(row, model::kVocab - 1) / 32) >> row % 32;
+  return noted;
+}
+
+// Steps a to e of sampling.py, each rounded on its own as there.
+__device__ __forceinline__ float adjusted(const StepArgs& args, float logit, uint2 noted, bool allowed) {
   if (args.adjust) {
-    const uint2 noted = ld_cg(work.noted() + token);  // word, bias
     logit = __fadd_rn(logit, __uint_as_float(noted.y));
     if (noted.x & (kInPrompt | kCount)) logit = logit > 0 ? logit / args.repetition : __fmul_rn(logit, args.repetition);
     const float count = float(noted.x & kCount);
     if (count > 0) logit = __fadd_rn(logit, -__fadd_rn(args.presence, __fmul_rn(args.frequency, count)));
     if (args.ban_ends && noted.x & kEndsAnswer) logit = -kInfinity;
   }
-  if (args.mask && !(ld_cg(work.mask() + token / 32) >> token % 32 & 1)) logit = -kInfinity;
-  return logit;
+  return allowed ? logit : -kInfinity;
 }
 
 // The best of the block's candidates; all threads have it.
 template <class Map>
-__device__ __forceinline__ Candidate best_of_block(Candidate mine) {
+__device__ __noinline__ Candidate best_of_block(Candidate mine) {
 #pragma unroll
   for (int i = 16; i; i /= 2) {
     const float s = __shfl_xor_sync(0xffffffffu, mine.score, i);
@@ -85,19 +97,73 @@ template <class Map>
 struct Choice {
   const StepArgs& args;
   const Workspace work;
+  const Deal::Share share;  // of the head's row blocks: what this block sees, and ranks
   const bool filters, ranks;
   Candidate best;                                     // of what no filter may drop
   float top_score = -kInfinity, top_logit = -kInfinity;
 
-  __device__ __forceinline__ explicit Choice(const StepArgs& args)
-      : args(args), work(args), filters(args.filters), ranks(args.logprobs >= 0) {}
+  __device__ __forceinline__ Choice(const StepArgs& args, Deal::Share share)
+      : args(args), work(args), share(share), filters(args.filters), ranks(args.logprobs >= 0) {}
 
-  __device__ __forceinline__ void see(float logit, int column, u32 token) {
+  // With one column what is noted is read before the product, so that nobody waits for it.
+  __device__ __forceinline__ Noted fetch(int row) const {
+    if constexpr (kTagged<Map>) return read_noted(args, row);
+    else return {};
+  }
+
+  __device__ __forceinline__ void see(int row, int column, float low, float high, Noted noted) {
+    if constexpr (!kTagged<Map>) noted = read_noted(args, row);
+    if (row < model::kVocab) see(low, column, row, noted.low, noted.allowed & 1);
+    if (row + 8 < model::kVocab) see(high, column, row + 8, noted.high, noted.allowed >> 8 & 1);
+  }
+
+  // Tells the next launch and the host.
+  __device__ void finish(GridBarrier& grid) {
+    Bounds bounds{};
+    if (filters || ranks) {
+      empty_bins();
+      share_tops();
+      if (kRounds == 1) read(0);  // what comes while the others are waited for
+      grid.sync();  // publishes the largest values and empty bins
+      const uint2 tops = ld_cg(reinterpret_cast<const uint2*>(work.tail()));
+      top_score = unordered(tops.x), top_logit = unordered(tops.y);
+      fill_bins();
+      grid.sync();  // publishes the bins
+      bounds = find_bounds<Map>(work.tail()->bins, top_k(), filters ? args.top_p : 1, ranks ? n_likeliest() : 0);
+      sort_out(bounds);
+    }
+    u64 entries = 0;
+    if (!arrives_last(entries)) return;
+    if (filters && (u32)entries) settle(bounds, (u32)entries);
+    if (ranks) report_likeliest(entries >> 32);
+    if (filters || ranks) sync_consumers();  // the report is complete
+    if (threadIdx.x != 0) return;
+    tell();
+    if (filters || ranks) work.tail()->top_score = work.tail()->top_logit = 0, work.tail()->entries = 0;
+  }
+
+ private:
+  // A thread's tokens are read so many at a time, and kept where those are all.
+  static constexpr int kPart = ceil_div(ceil_div(tensors::head.row_blocks(), kGrid) * 16, kConsumers);
+  static constexpr int kBatch = smaller(kPart, 8), kRounds = ceil_div(kPart, kBatch);
+  float scores[kBatch], logits[kBatch];  // what nobody asks for is -infinity
+
+  __device__ __forceinline__ float noisy(float score, u32 token) const {
+    return args.greedy ? score : score + noise(args.seed, token, args.position + args.n_columns);
+  }
+  __device__ __forceinline__ float* last_logits() const { return work.logits() + (u64)(args.n_columns - 1) * model::kVocab; }
+  // What min_p asks for, as a key.
+  __device__ __forceinline__ u32 least_key() const { return args.min_p > 0 ? ordered(top_score + logf(args.min_p)) : 0; }
+  // 0: all.
+  __device__ __forceinline__ u32 top_k() const { return filters && args.top_k > 0 && args.top_k < model::kVocab ? args.top_k : 0; }
+  __device__ __forceinline__ u32 n_likeliest() const { return smaller(args.logprobs, model::kVocab); }
+
+  __device__ __forceinline__ void see(float logit, int column, u32 token, uint2 noted, bool allowed) {
     const bool last_column = column == args.n_columns - 1;
     if (args.logits || (ranks && last_column)) work.logits()[(u64)column * model::kVocab + token] = logit;
     if (!last_column) return;
     if (ranks) top_logit = fmaxf(top_logit, logit);
-    if (args.adjust || args.mask) logit = adjusted(args, logit, token);
+    if (args.adjust || args.mask) logit = adjusted(args, logit, noted, allowed);
     const float score = args.greedy ? logit : logit / args.temperature;
     if (score == -kInfinity) {
       best.offer(score, kExcluded);
@@ -110,134 +176,144 @@ struct Choice {
     }
   }
 
-  // Tells the next launch and the host.
-  __device__ void finish(GridBarrier& grid) {
-    Bounds bounds{};
-    if (filters || ranks) {
-      share_tops();
-      grid.sync();  // publishes scores, logits and the largest ones
-      if (filters) top_score = unordered(ld_cg(&work.tail()->top_score));
-      if (ranks) top_logit = unordered(ld_cg(&work.tail()->top_logit));
-      fill_bins();
-      grid.sync();  // publishes the bins
-      const int top_k = filters && args.top_k < model::kVocab ? args.top_k : 0, likeliest = smaller(args.logprobs, model::kVocab);
-      bounds = find_bounds<Map>(work.tail()->bins, top_k > 0 ? top_k : 0, filters ? args.top_p : 1, ranks ? likeliest : 0);
-      sort_out(bounds);
-    }
-    if (!arrives_last()) return;
-    if (filters) settle(bounds);
-    if (ranks) report_likeliest();
-    if (filters || ranks) sync_consumers();  // the report is complete, and nobody reads the tail any more
-    if (threadIdx.x == 0) tell();
-    if (filters || ranks) {
-      u32* words = reinterpret_cast<u32*>(work.tail());
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kTailBytes / 4; i += kConsumers) words[i] = 0;
+  // The tokens that the block has seen, without regard to what thread has; token_of gives one past the
+  // vocabulary for what is none.
+  __device__ __forceinline__ int token_of(int round, int i) const {
+    const int place = (round * kBatch + i) * kConsumers + threadIdx.x;
+    return place < 16 * share.count ? (share.first + place / 16 * kGrid) * 16 + place % 16 : model::kVocab;
+  }
+  __device__ __forceinline__ void read(int round) {
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int token = token_of(round, i);
+      scores[i] = filters && token < model::kVocab ? ld_cg(work.scores() + token) : -kInfinity;
+      logits[i] = ranks && token < model::kVocab ? ld_cg(last_logits() + token) : -kInfinity;
     }
   }
-
- private:
-  __device__ __forceinline__ float noisy(float score, u32 token) const {
-    return args.greedy ? score : score + gumbel(random_bits(args.seed, token, args.position + args.n_columns));
-  }
-  __device__ __forceinline__ float* last_logits() const { return work.logits() + (u64)(args.n_columns - 1) * model::kVocab; }
-  __device__ __forceinline__ u64 weight_of(float score) const { return (u64)(expf(score - top_score) * 4294967296.0f); }
-  // What min_p asks for, as a key.
-  __device__ __forceinline__ u32 least_key() const { return args.min_p > 0 ? ordered(top_score + logf(args.min_p)) : 0; }
-
-  // This thread's part of the vocabulary, from here on without regard to who computed it. What nobody asks
-  // for is -infinity.
+  // Calls use(token, score, logit) for those of a round, and leaves them in their places.
   template <class Use>
-  __device__ __forceinline__ void each_token(Use use) const {
-    constexpr int kBatch = 4, kStride = kGrid * kConsumers;  // tokens whose reads are on their way at a time
+  __device__ __forceinline__ void each_token(int round, Use use) {
 #pragma unroll 1
-    for (int token = blockIdx.x * kConsumers + threadIdx.x; token < model::kVocab;) {
-      float scores[kBatch], logits[kBatch];
+    for (int i = 0; i < kBatch; i++) {
+      const float score = scores[0], logit = logits[0];
+      use(token_of(round, i), score, logit);
 #pragma unroll
-      for (int i = 0; i < kBatch; i++) {
-        const int place = token + i * kStride;
-        scores[i] = filters && place < model::kVocab ? ld_cg(work.scores() + place) : -kInfinity;
-        logits[i] = ranks && place < model::kVocab ? ld_cg(last_logits() + place) : -kInfinity;
-      }
-#pragma unroll 1
-      for (int i = 0; i < kBatch && token < model::kVocab; i++, token += kStride) {
-        use(token, scores[0], logits[0]);
-#pragma unroll
-        for (int j = 1; j < kBatch; j++) scores[j - 1] = scores[j], logits[j - 1] = logits[j];
-      }
+      for (int j = 1; j < kBatch; j++) scores[j - 1] = scores[j], logits[j - 1] = logits[j];
+      scores[kBatch - 1] = score, logits[kBatch - 1] = logit;
     }
+  }
+
+  // The block's bins in shared memory, and its part of the grid's. The lists have been in device memory since
+  // the step before; what is read of a line that is not written as a whole would be waited for.
+  __device__ __forceinline__ void empty_bins() {
+    static_assert(sizeof(Bins) <= Map::kReduce, "the bins take scratch, as _RANKING_BYTES of tuning.py says");
+    uint4* vectors = reinterpret_cast<uint4*>(Shared<Map>::scratch());
+#pragma unroll 1
+    for (int i = threadIdx.x; i < sizeof(Bins) / 16; i += kConsumers) vectors[i] = make_uint4(0, 0, 0, 0);
+    u64* words = reinterpret_cast<u64*>(&work.tail()->bins);
+#pragma unroll 1
+    for (int i = blockIdx.x * kConsumers + threadIdx.x; i < sizeof(Bins) / 8; i += kGrid * kConsumers) words[i] = 0;
+    const int line = threadIdx.x * (128 / int(sizeof(Entry)));
+    if (blockIdx.x == 0 && line < model::kVocab) prefetch_l2(work.listed() + line), prefetch_l2(work.ranked() + line);
   }
 
   __device__ __forceinline__ void share_tops() {
-    const float score = best_of_block<Map>({top_score, 0}).score, logit = best_of_block<Map>({top_logit, 0}).score;
-    if (threadIdx.x != 0) return;
-    atomicMax(&work.tail()->top_score, ordered(score));
-    atomicMax(&work.tail()->top_logit, ordered(logit));
+    if (filters) {
+      const float score = best_of_block<Map>({top_score, 0}).score;
+      if (threadIdx.x == 0) red_max(&work.tail()->top_score, ordered(score));
+    }
+    if (ranks) {
+      const float logit = best_of_block<Map>({top_logit, 0}).score;
+      if (threadIdx.x == 0) red_max(&work.tail()->top_logit, ordered(logit));
+    }
   }
 
-  // Counts the block's part in shared memory, then adds that to the grid's bins.
-  __device__ void fill_bins() {
-    static_assert(sizeof(Bins) <= Map::kReduce, "the bins take scratch, as _RANKING_BYTES of tuning.py says");
+  // Counts the block's part in shared memory, as far as it is asked for, then adds that to the grid's bins.
+  __device__ __forceinline__ void fill_bins() {
     Bins& bins = *reinterpret_cast<Bins*>(Shared<Map>::scratch());
-    u32* words = reinterpret_cast<u32*>(&bins);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < sizeof(Bins) / 4; i += kConsumers) words[i] = 0;
-    sync_consumers();  // the bins are empty
+    const bool counts = top_k(), weighs = args.top_p < 1;
     u64 total = 0;
-    each_token([&](u32 token, float score, float logit) {
-      if (score > -kInfinity) {
-        const int bin = bin_of(top_score, score);
-        atomicAdd(bins.count + bin, 1u);
-        const u64 weight = args.top_p < 1 ? weight_of(score) : 0;
-        if (weight) atomicAdd(bins.weight + bin, weight);
-      }
-      if (logit > -kInfinity) {
-        atomicAdd(bins.logits + bin_of(top_logit, logit), 1u);
-        total += (u64)(expf(logit - top_logit) * 17592186044416.0f);
-      }
-    });
-    total = warp_total(total);
-    if (threadIdx.x % 32 == 0) atomicAdd(&bins.total, total);
+#pragma unroll 1
+    for (int round = 0; round < kRounds; round++) {
+      if (kRounds > 1) read(round);
+      each_token(round, [&](int, float score, float logit) {
+        if (score > -kInfinity) {
+          const int bin = bin_of(top_score, score);
+          if (counts) atomicAdd(bins.count + bin, 1u);
+          if (weighs) add_wide(bins.weight + bin, weight_of(score, top_score));
+        }
+        if (logit > -kInfinity) {
+          atomicAdd(bins.logits + bin_of(top_logit, logit), 1u);
+          total += (u64)(expf(logit - top_logit) * 17592186044416.0f);
+        }
+      });
+    }
     sync_consumers();  // publishes the block's bins
     Bins& all = work.tail()->bins;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kBins; i += kConsumers) {
-      if (bins.weight[i]) atomicAdd(all.weight + i, bins.weight[i]);
-      if (bins.count[i]) atomicAdd(all.count + i, bins.count[i]);
-      if (bins.logits[i]) atomicAdd(all.logits + i, bins.logits[i]);
+    u64 weight[kEach];
+    u32 count[kEach], logits[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      const int bin = i * kConsumers + threadIdx.x;
+      weight[i] = bins.weight[bin], count[i] = bins.count[bin], logits[i] = bins.logits[bin];
     }
-    if (threadIdx.x == 0 && ranks) atomicAdd(&all.total, bins.total);
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      const int bin = i * kConsumers + threadIdx.x;
+      if (weight[i]) red_add(all.weight + bin, weight[i]);
+      if (count[i]) red_add(all.count + bin, count[i]);
+      if (logits[i]) red_add(all.logits + bin, logits[i]);
+    }
+    if (!ranks) return;
+    total = sum_before<Map>(total).all;
+    if (threadIdx.x == 0) red_add(&all.total, total);
   }
 
-  // Scores that are kept for certain become candidates; those at the edge are listed.
-  __device__ void sort_out(const Bounds& bounds) {
+  // Scores that are kept for certain become candidates; those at the edge are listed, and so are the
+  // likeliest logits: all of a block's side by side.
+  __device__ __forceinline__ void sort_out(const Bounds& bounds) {
     const u32 least = filters ? least_key() : 0;
-    each_token([&](u32 token, float score, float logit) {
-      if (score > -kInfinity) {
-        const int bin = bin_of(top_score, score);
-        if (bin < bounds.first) {
-          if (ordered(score) >= least) best.offer(noisy(score, token), token);
-        } else if (bin <= bounds.last) {
-          work.listed()[atomicAdd(&work.tail()->listed, 1u)] = {ordered(score), token};
-        }
-      }
-      if (logit > -kInfinity && bin_of(top_logit, logit) <= bounds.ranked)
-        work.ranked()[atomicAdd(&work.tail()->ranked, 1u)] = {ordered(logit), token};
-    });
+    const auto is_listed = [&](float score) {
+      const int bin = bin_of(top_score, score);
+      return score > -kInfinity && bin >= bounds.first && bin <= bounds.last;
+    };
+    const auto is_likely = [&](float logit) { return logit > -kInfinity && bin_of(top_logit, logit) <= bounds.ranked; };
+#pragma unroll 1
+    for (int round = 0; round < kRounds; round++) {
+      if (kRounds > 1) read(round);
+      u64 mine = 0, begin = 0;
+      each_token(round, [&](int, float score, float logit) { mine += (u64)is_likely(logit) << 32 | is_listed(score); });
+      const Sums sums = sum_before<Map>(mine);
+      if (sums.all && threadIdx.x == 0) begin = atom_add(&work.tail()->entries, sums.all);
+      each_token(round, [&](int token, float score, float) {  // while that is on its way
+        if (score > -kInfinity && bin_of(top_score, score) < bounds.first && ordered(score) >= least) best.offer(noisy(score, token), token);
+      });
+      if (!sums.all) continue;
+      if (threadIdx.x == 0) told<Map, u64>() = begin;
+      sync_consumers();  // publishes where the block's entries begin
+      begin = told<Map, u64>() + sums.before;
+      u32 at = (u32)begin, at_likely = begin >> 32;
+      each_token(round, [&](int token, float score, float logit) {
+        if (is_listed(score)) work.listed()[at++] = {ordered(score), (u32)token};
+        if (is_likely(logit)) work.ranked()[at_likely++] = {ordered(logit), (u32)token};
+      });
+    }
   }
 
-  // Blocks hand in their candidates; the last one to arrive goes on with the best of them.
-  __device__ __forceinline__ bool arrives_last() {
-    u32* last = reinterpret_cast<u32*>(Shared<Map>::scratch() + Map::kReduce + kWarps * sizeof(Candidate));
+  // Blocks hand in their candidates; the last one to arrive goes on with the best of them. `entries` become
+  // those of the lists.
+  __device__ __forceinline__ bool arrives_last(u64& entries) {
     u32* arrivals = work.arrivals() + kMaxTeams;
     best = best_of_block<Map>(best);
     if (threadIdx.x == 0) {
       work.candidates()[blockIdx.x] = best;
-      *last = atom_add_acq_rel_gpu(arrivals, 1) == kGrid - 1;  // publishes candidates, lists and logits
-      if (*last) *arrivals = 0;
+      const bool last = atom_add_acq_rel_gpu(arrivals, 1) == kGrid - 1;  // publishes candidates, lists and logits
+      told<Map, u32>() = last;
+      if (last) *arrivals = 0;
     }
     sync_consumers();  // publishes who decides
-    if (!*last) return false;
+    if (!told<Map, u32>()) return false;
+    if (filters || ranks) entries = ld_cg(&work.tail()->entries);
     best = Candidate();
 #pragma unroll 1
     for (int i = threadIdx.x; i < kGrid; i += kConsumers) {
@@ -249,53 +325,71 @@ struct Choice {
   }
 
   // Where in the listed bins the filters end.
-  __device__ void settle(const Bounds& bounds) {
-    const u32 count = ld_cg(&work.tail()->listed);
-    if (!count) return;
-    const Entry* list = work.listed();
-    u32 least = bounds.rank ? select<Map>(list, count, bounds.rank, [](u32) { return (u64)1; }) : 0;
-    if (args.top_p < 1) {
-      const auto weight = [&](u32 key) { return key >= least ? weight_of(unordered(key)) : 0; };
-      u64 kept = 0, total;
+  __device__ __forceinline__ void settle(const Bounds& bounds, u32 count) {
+    const List list = bring<Map>(work.listed(), count);
+    CountsOrWeighs measure{true, 0, top_score};
+    u32 least = least_key();
+    u64 goal = bounds.rank;
 #pragma unroll 1
-      for (u32 i = threadIdx.x; i < count; i += kConsumers) kept += weight(list[i].key);
-      sum_before<Map>(kept, total);
-      total = bounds.rank ? bounds.weight + total : bounds.total;
-      const u32 key = select<Map>(list, count, share_of(args.top_p, total) - bounds.weight, weight);
-      if (key > least) least = key;
+    for (int filter = 0; filter < 2; filter++) {  // top_k, top_p
+      if (goal) {
+        const u32 key = select<Map, u32>(list, list.low, list.high, goal, ByKey(), measure);
+        if (measure.counts) measure.least = key;
+        least = max(least, key);
+      }
+      measure.counts = false, goal = 0;
+      if (filter == 0 && args.top_p < 1) goal = share_of(args.top_p, mass(bounds, list, measure)) - bounds.weight;
     }
-    if (least_key() > least) least = least_key();
-#pragma unroll 1
-    for (u32 i = threadIdx.x; i < count; i += kConsumers)
-      if (list[i].key >= least) best.offer(noisy(unordered(list[i].key), list[i].token), list[i].token);
+    each_entry(list.entries, count, [&](u32, Entry entry) {
+      if (entry.key >= least) best.offer(noisy(unordered(entry.key), entry.token), entry.token);
+    });
     best = best_of_block<Map>(best);
   }
 
-  // Each listed logit finds its place by counting those before it.
-  __device__ void report_likeliest() {
+  // The weights of all that top_k keeps.
+  __device__ __forceinline__ u64 mass(const Bounds& bounds, const List& list, const CountsOrWeighs& measure) const {
+    if (!bounds.rank) return bounds.total;
+    u64 listed = 0;
+    each_entry(list.entries, list.count, [&](u32, Entry entry) { listed += measure(entry); });
+    return bounds.weight + sum_before<Map>(listed).all;
+  }
+
+  // Each of the likeliest logits finds its place by counting those before it. Where many logits are listed,
+  // as many are equal, the others are left out first.
+  __device__ __forceinline__ void report_likeliest(u32 count) {
     Report* report = reinterpret_cast<Report*>(args.report);
-    const u32 count = ld_cg(&work.tail()->ranked);
+    const float chosen = best.token < (u32)model::kVocab ? ld_cg(last_logits() + best.token) : 0;
     const Entry* list = work.ranked();
-#pragma unroll 1
-    for (u32 i = threadIdx.x; i < count; i += kConsumers) {
-      const Entry mine = list[i];
-      int place = 0;
+    u64 least = 0;
+    if (count > kConsumers && n_likeliest()) {
+      const List near = bring<Map>(list, count);
+      list = near.entries;
+      least = select<Map, u64>(near, (u64)near.low << 32, (u64)near.high << 32 | 0xffffffffu, n_likeliest(), ByKeyAndToken(), Counts());
+    }
+    Entry* some = reinterpret_cast<Entry*>(Shared<Map>::scratch());  // [kConsumers]
+    if (threadIdx.x == 0) told<Map, u32>() = 0;
+    sync_consumers();  // publishes that nothing is taken yet, and the scratch is free
+    each_entry(list, count, [&](u32, Entry entry) {
+      if (ByKeyAndToken()(entry) >= least) some[atomicAdd(&told<Map, u32>(), 1u)] = entry;
+    });
+    sync_consumers();  // publishes what is taken
+    const u32 taken = told<Map, u32>();
+    if (threadIdx.x < taken) {
+      const Entry mine = some[threadIdx.x];
+      u32 place = 0;
 #pragma unroll 4
-      for (u32 j = 0; j < count; j++) place += list[j].key > mine.key || (list[j].key == mine.key && list[j].token < mine.token);
-      if (place < args.logprobs) report->likeliest[place] = {mine.token, unordered(mine.key)};
+      for (u32 j = 0; j < taken; j++) place += ByKeyAndToken()(some[j]) > ByKeyAndToken()(mine);
+      if (place < n_likeliest()) report->likeliest[place] = {mine.token, unordered(mine.key)};
     }
-    if (threadIdx.x == 0) {
-      report->total = ld_cg(&work.tail()->bins.total);
-      report->top = top_logit;
-      report->chosen = best.token < (u32)model::kVocab ? ld_cg(last_logits() + best.token) : 0;
-    }
+    if (threadIdx.x == 0) report->total = ld_cg(&work.tail()->bins.total), report->top = top_logit, report->chosen = chosen;
   }
 
   __device__ __forceinline__ void tell() {
     const bool chosen = best.token < (u32)model::kVocab;
+    const u32 word = args.adjust && chosen ? ld_cg(&work.noted()[best.token].x) : 0;
     *work.next_token() = chosen ? best.token : 0;  // else the host will say so
-    if (args.adjust && chosen) work.noted()[best.token].x = ld_cg(&work.noted()[best.token].x) + 1;
     st_release_sys(reinterpret_cast<u64*>(args.mailbox), (u64)args.ticket << 32 | best.token);
+    if (args.adjust && chosen) work.noted()[best.token].x = word + 1;
   }
 };
 

@@ -114,15 +114,14 @@ __device__ void consume(const StepArgs& args) {
   }
 
   if (!args.head) return;
-  sampler::Choice<Map> choice(args);
+  sampler::Choice<Map> choice(args, Deal(deal).take(tensors::head.row_blocks()));
   multiply_matrix<Map, tensors::head>(
       consumer, deal, n,
       [&](int panel, bool first) { load_normed<Map, tensors::head>(consumer, exchange, residual(), reader_of(model::kLayers), n, panel, first); },
-      [&](int row, int column, float low, float high, u32, Nothing) {
-        low = normed<Map>(column, low), high = normed<Map>(column, high);
-        if (row < model::kVocab) choice.see(low, column, row);
-        if (row + 8 < model::kVocab) choice.see(high, column, row + 8);
-      });
+      [&](int row, int column, float low, float high, u32, sampler::Noted noted) {
+        choice.see(row, column, normed<Map>(column, low), normed<Map>(column, high), noted);
+      },
+      [&](int row, int) { return choice.fetch(row); });
   choice.finish(exchange.grid);
 }
 

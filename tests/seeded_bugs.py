@@ -77,17 +77,19 @@ BUGS = (
     Bug("attention: the window is one too wide", r"position > plan\.position \+ column_of\((\w+)\) - window", r"position >= plan.position + column_of(\1) - window"),
     Bug("attention: columns see later columns", r"offset <= column && ", ""),
     Bug("attention: arrivals are not reset", r"atom_inc_acq_rel_gpu\((work\.arrivals\(\) \+ team), plan\.splits - 1\)", r"atom_add_acq_rel_gpu(\1, 1)"),
-    Bug("sampling: arrivals are not reset", r"if \(\*last\) \*arrivals = 0;"),
+    Bug("sampling: arrivals are not reset", r"if \(last\) \*arrivals = 0;"),
     Bug("sampling: noise of the position before", r"args\.position \+ args\.n_columns\)", "args.position + args.n_columns - 1)"),
-    Bug("sampling: the tail is not emptied", r"(i < kTailBytes / 4; i \+= kConsumers\)) words\[i\] = 0;", r"\1;"),
+    Bug("sampling: the tail is not emptied", r"if \(filters \|\| ranks\) work\.tail\(\)->top_score = [^;]*;"),
+    Bug("sampling: the grid's bins are not emptied", r"(i < sizeof\(Bins\) / 8; [^)]*\)) words\[i\] = 0;", r"\1;"),
+    Bug("sampling: a carry is lost", r" \+ \(old \+ low < old\)"),
     Bug("sampling: the chosen token is not counted", r"if \(args\.adjust && chosen\) [^;]*;"),
-    Bug("sampling: scores of a bin too many are kept", r"if \(bin < bounds\.first\)", "if (bin <= bounds.first)"),
-    Bug("sampling: the last bin is not listed", r"else if \(bin <= bounds\.last\)", "else if (bin < bounds.last)"),
+    Bug("sampling: scores of a bin too many are kept", r"bin_of\(top_score, score\) < bounds\.first", "bin_of(top_score, score) <= bounds.first"),
+    Bug("sampling: the last bin is not listed", r"bin <= bounds\.last", "bin < bounds.last"),
     Bug("sampling: ranks count from the top of the vocabulary", r"bounds\.rank -= scores", "bounds.rank -= 0"),
-    Bug("sampling: top_p is of all scores", r"bounds\.rank \? bounds\.weight \+ total : bounds\.total", "bounds.total"),
-    Bug("sampling: min_p is not asked at the edge", r"if \(least_key\(\) > least\) least = least_key\(\);"),
+    Bug("sampling: top_p is of all scores", r"if \(!bounds\.rank\) return bounds\.total;", "return bounds.total;"),
+    Bug("sampling: min_p is not asked at the edge", r"u32 least = least_key\(\);", "u32 least = 0;"),
     Bug("log-probabilities: too few logits are listed", r"bin_of\(top_logit, logit\) <= bounds\.ranked", "bin_of(top_logit, logit) < bounds.ranked"),
-    Bug("log-probabilities: of equal logits the last comes first", r"list\[j\]\.token < mine\.token", "list[j].token > mine.token"),
+    Bug("log-probabilities: of equal logits the last comes first", r"\| ~entry\.token", "| entry.token"),
     Bug("int4: the high nibbles count 16-fold", r"high_row \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
     Bug("the bias of int8's zero is forgotten", r"t0 = -128\.0f \* s0, t1 = -128\.0f \* s1", "t0 = 0, t1 = 0"),
     Bug("the residual is stored, not added: several columns", r"low \+= fetched\.low, high \+= fetched\.high;"),
@@ -304,7 +306,10 @@ def main() -> None:
     for index, bug in enumerate([*BUGS, *dropped()]):
         # In a process of its own: one cannot hold the libraries of all bugs.
         one = [sys.executable, __file__, "symptom", str(index)]
-        found = subprocess.run(one, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+        done = subprocess.run(one, stdout=subprocess.PIPE, text=True)
+        if done.returncode > 0:
+            sys.exit(f"{bug.what}: the search for a symptom failed")
+        found = done.stdout.strip() or ("the process dies" if done.returncode < 0 else "")
         if not found:
             found = "ThreadSanitizer" if caught_by_thread_sanitizer(index) else "NOT CAUGHT"
         print(f"| {bug.what} | {found} |", flush=True)

@@ -256,7 +256,7 @@ def test_the_tail_is_bitwise_repeatable(machine: Machine, model: RandomModel) ->
             extras = Extras(adjust=True, logprobs=10)
             ticket = step.step([5], position, sampling=sampling, extras=extras)
             told.append((step.token(ticket), step.logprobs(ticket, 10)))
-        tail = np.empty(step.program.workspace["residual"] - step.program.workspace["tail"], "u1")
+        tail = np.empty(16, "u1")  # all but the bins, which a step empties before it fills them
         step.device.download(int(step._args["workspace"]) + step.program.workspace["tail"], tail)
         assert not tail.any()
         runs.append(told)

@@ -243,6 +243,10 @@ inline void red_add_release_gpu(u32* p, u32 v) {
   emulated::progress();
 }
 inline void red_add(float* p, float v) { atomicAdd(p, v); }
+inline void red_add(u32* p, u32 v) { atomicAdd(p, v); }
+inline void red_add(u64* p, u64 v) { atomicAdd(p, v); }
+inline void red_max(u32* p, u32 v) { atomicMax(p, v); }
+inline u64 atom_add(u64* p, u64 v) { return atomicAdd(p, v); }
 inline u32 atom_add_acq_rel_gpu(u32* p, u32 v) {
   u32 old = __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
   emulated::progress();
