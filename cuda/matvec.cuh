@@ -168,7 +168,7 @@ struct FetchNothing {
 
 // The sums of a window, one of these a pair of rows and column: rows `row` and `row + 8`.
 template <class Map>
-struct Sums {
+struct WindowSums {
   static constexpr int kOfBlock = 8 * Map::kColumns;  // of a row block
   // Of what the block's warps left.
   static __device__ __forceinline__ float2 of_warps(const float* partials, int i) {
@@ -194,11 +194,11 @@ struct Sums {
 template <class Map, Matrix m>
 __device__ __forceinline__ bool completes_team(const StepArgs& args, int first, int part, int count, const float* partials) {
   using W = Walk<Map, m>;
-  constexpr int kOfBlock = Sums<Map>::kOfBlock;
+  constexpr int kOfBlock = WindowSums<Map>::kOfBlock;
   const Workspace work(args);
 #pragma unroll 1
   for (int i = thread_index(); i < count; i += kConsumers)
-    work.team_sums()[((first + i / kOfBlock * W::kTeams) * W::kParts + part) * kOfBlock + i % kOfBlock] = Sums<Map>::of_warps(partials, i);
+    work.team_sums()[((first + i / kOfBlock * W::kTeams) * W::kParts + part) * kOfBlock + i % kOfBlock] = WindowSums<Map>::of_warps(partials, i);
   u32* last = reinterpret_cast<u32*>(Shared<Map>::scratch() + Map::kReduce + 192);
   sync_consumers();  // the block's sums are complete
   if (thread_index() == 0)  // publishes them, sees the others', and counts from 0 again after the last
@@ -215,7 +215,7 @@ template <class Map, Matrix m, class LoadPanel, class Use, class Fetch = FetchNo
 __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& deal, int n_columns, LoadPanel load_panel, Use use,
                                                 Fetch fetch = FetchNothing()) {
   using W = Walk<Map, m>;
-  constexpr int kColumns = Map::kColumns, kSlot = 16 * kColumns, kOfBlock = Sums<Map>::kOfBlock;
+  constexpr int kColumns = Map::kColumns, kSlot = 16 * kColumns, kOfBlock = WindowSums<Map>::kOfBlock;
   const Deal::Share share = deal.take<W::kParts>(m.row_blocks());
   float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + W::kPartialsAt);
   consumer.profile.mark(kBegin);
@@ -258,9 +258,9 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
       if (column >= n_columns) continue;
       float2 sum;
       if constexpr (W::kParts > 1)
-        sum = Sums<Map>::template of_team<W::kParts>(
+        sum = WindowSums<Map>::template of_team<W::kParts>(
             Workspace(consumer.args).team_sums() + (u64)(first + i / kOfBlock * W::kTeams) * W::kParts * kOfBlock, i % kOfBlock);
-      else sum = Sums<Map>::of_warps(partials, i);
+      else sum = WindowSums<Map>::of_warps(partials, i);
       use(row_of(i), column, sum.x, sum.y, lanes, kColumns == 1 || i == place ? early : fetch(row_of(i), column));
     }
     sync_consumers();  // the partial sums may be overwritten

@@ -154,9 +154,10 @@ def generate(
     args = step_args_dtype(config.head_dim)
     per_token = prefill_token_bytes(config, layouts)
     tokens = prefill_tokens(tuning, max_context or config.max_context)
-    shared = {
-        k: parts(layout, tuning, maps["step_many"].panel_cols) for k, layout in layouts.items()
-    }
+    panel_cols = maps["step_many"].panel_cols
+    # Who makes a logit ranks it (cuda/sampler.cuh): the head is not in parts.
+    shared = {kind: parts(layout, tuning, panel_cols) for kind, layout in layouts.items()}
+    shared |= {"embed": 1, "head": 1}
     workspace = _workspace(
         config, tuning, _team_row_blocks(layouts, shared), tokens * sum(per_token.values())
     )
