@@ -16,7 +16,7 @@ struct Ring {
   u64 full[Map::kStages];        // completes when a copy has landed
   u64 empty[Map::kStages];       // completes when all lanes of its warp have read it; lies behind full
   u64 columns;                   // completes when activations have landed (cuda/columns.cuh); with one column not there
-  u32 issued, is_full;           // copies so far; whether the producer waits for a free stage
+  u32 progress;                  // copies so far, times 2; odd while the producer waits for a free stage
 };
 
 template <class Map>
@@ -34,7 +34,7 @@ __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
     mbarrier_init(&ring.empty[s], 32);
   }
   if constexpr (Map::kColumns > 1) mbarrier_init(&ring.columns, 1);
-  if constexpr (kPrefetch > 0) st_relaxed_cta(&ring.issued, 0), st_relaxed_cta(&ring.is_full, 0);
+  ring.progress = 0;
   fence_mbarrier_init();
 }
 
@@ -76,11 +76,10 @@ struct Producer {
     if constexpr (kPrefetch > 0) {
       Ring<Map>& ring = Shared<Map>::ring();
       if (!mbarrier_try_wait_parity(&ring.empty[stage], parity ^ 1)) {
-        st_relaxed_cta(&ring.is_full, 1);
+        atom_exch_cta(&ring.progress, issued * 2 + 1);
         wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
-        st_relaxed_cta(&ring.is_full, 0);
       }
-      st_relaxed_cta(&ring.issued, ++issued);
+      atom_exch_cta(&ring.progress, ++issued * 2);
     } else {
       wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
     }
@@ -122,12 +121,13 @@ struct Prefetcher {
 
   template <int kMost>
   __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
-    const Ring<Map>& ring = Shared<Map>::ring();
+    Ring<Map>& ring = Shared<Map>::ring();
 #pragma unroll 1
     while (true) {
-      const u32 ahead = chunk - ld_relaxed_cta(&ring.issued);
-      if (int(ahead) < 0) break;
-      if (int(ahead) < kPrefetch && ld_relaxed_cta(&ring.is_full)) {
+      const u32 progress = __shfl_sync(0xffffffffu, threadIdx.x % 32 ? 0 : atom_or_cta(&ring.progress, 0), 0);
+      const int ahead = int(chunk - progress / 2);
+      if (ahead < 0) break;
+      if (ahead < kPrefetch && progress % 2) {
 #pragma unroll 1
         for (u32 at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) prefetch_l2(src + at);
         nanosleep(kPrefetchNs);

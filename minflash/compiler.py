@@ -39,14 +39,15 @@ def compile_all(
     """Machine code of several jobs {name: (source, options)}.
 
     Returns at once with a function for each name that waits for the code. What the cache lacks is
-    compiled at the same time in processes of its own: NVRTC takes the threads of one by turns.
+    compiled at the same time in processes of its own: NVRTC takes the threads of one by turns. The
+    first job, the longest, is done here: a process takes most of a second to begin.
     The functions raise DeviceError when NVRTC is missing.
     """
     missing = [name for name, job in jobs.items() if load_cached(*job) is None]
     pool = ThreadPoolExecutor(max(1, len(missing)), "minflash-compile")
     results: dict[str, Callable[[], bytes]] = {}
     for name, (source, options) in jobs.items():
-        run = compile_in_child if name in missing[:-1] else compiled  # the last one here
+        run = compile_in_child if name in missing[1:] else compiled
         future: Future[bytes] = pool.submit(run, source, tuple(options))
         results[name] = future.result
     pool.shutdown(wait=False)

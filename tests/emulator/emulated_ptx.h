@@ -224,8 +224,8 @@ inline u32 ld_relaxed_gpu(const u32* p) {
   return v;
 }
 inline void nanosleep(u32) { emulated::pause(); }
-inline u32 ld_relaxed_cta(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-inline void st_relaxed_cta(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+inline u32 atom_or_cta(u32* p, u32 v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
+inline u32 atom_exch_cta(u32* p, u32 v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
 inline u64 ld_relaxed_gpu(const u64* p) {
   const u32* high = reinterpret_cast<const u32*>(p) + 1;   // the part that changes from phase to phase
   emulated::before_poll(high);
