@@ -113,7 +113,7 @@ def test_a_gguf_file_is_described_as_convert_makes_it(
     stored: str, quant: str | None, tmp_path: Path
 ) -> None:
     pytest.importorskip("gguf")
-    from test_convert_gguf import write_gguf
+    from gguf_files import write_gguf
 
     path = tmp_path / "model.gguf"
     write_gguf(path, "llama2", lambda name: "F32" if "norm" in name else stored)

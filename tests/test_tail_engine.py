@@ -10,8 +10,16 @@ import emulator
 import numpy as np
 import pytest
 from kernel_models import Machine, RandomModel, Run, both_references, bound, model_config
-from test_kernel_sampling import assert_sampled
-from test_tail import BIAS, DRAWS, ENDS, PENALTIES, PROMPT, assert_report, bits_of
+from sampled import (
+    BIAS,
+    DRAWS,
+    ENDS,
+    PENALTIES,
+    PROMPT,
+    assert_report,
+    assert_sampled,
+    bits_of,
+)
 
 from minflash.choosing import Chooser
 from minflash.cuda_engine import AHEAD, CudaEngine

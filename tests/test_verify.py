@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines import HF_CONFIG, small_tuning
 from kernel_models import EmulatedDevice, RandomModel
 from numpy.typing import NDArray
-from test_cuda_engine import HF_CONFIG, small_tuning
 
 from minflash.checkpoint import Checkpoint, CheckpointWriter
 from minflash.cli import main
