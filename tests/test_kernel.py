@@ -80,10 +80,13 @@ def test_the_rules_of_tuning(machine: Machine, capability: int, shared_bytes: in
 
 @pytest.mark.parametrize(
     "type, group, dim, hidden_dim",
-    [("bf16", 0, 64, 4128), ("int8", 32, 4128, 64), ("int4", 64, 64, 4160)],
+    [("bf16", 0, 64, 8192), ("int8", 32, 8192, 64), ("int4", 64, 64, 4160)],
 )
 def test_wide_matrices(machine: Machine, type: str, group: int, dim: int, hidden_dim: int) -> None:
-    """More columns than fit into shared memory eight times over, more rows than partial sums."""
+    """More columns than fit into shared memory eight times over, more rows than partial sums.
+
+    The second panel of 8192 columns is as wide as the first, that of 4160 is narrow.
+    """
     config = model_config(dim=dim, hidden_dim=hidden_dim, n_heads=2, n_layers=1, vocab_size=130)
     model = RandomModel(config, type, group)
     check(machine, model, Run(2, "random"), 11, (1, 8, 2))
