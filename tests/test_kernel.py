@@ -62,6 +62,18 @@ def test_grids(machine: Machine, name: str, grid: int | None) -> None:
         check(machine, MODELS[name](), Run(grid, order, seed), 40, (1, 8, 2, 1, 7, 1, 8))
 
 
+@pytest.mark.parametrize("grid, orders", [(1, ORDERS[:2]), (2, ORDERS[1:2]), (7, ORDERS[:2])])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_on_few_and_many_blocks(
+    name: str, grid: int, orders: tuple[emulator.Order, ...]
+) -> None:
+    """In both orders of warps, of which two blocks have met the first above."""
+    machine, model = Machine("emulated"), MODELS[name]()
+    for order in orders:
+        check(machine, model, Run(grid, order), 12, (1, 8, 1, 2))
+    machine.close()
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp8 64, untied, 5 heads on 1", "int8 32, all biases"])
 def test_cp_async(machine: Machine, name: str) -> None:
     """The path of sm_80 to sm_89."""

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 import minflash
-from minflash.bench import step_bytes
 from minflash.cards import CARDS, find_card
 from minflash.checkpoint import open_checkpoint
 from minflash.cli import main
 from minflash.config import ModelConfig
 from minflash.errors import ArgumentError, CheckpointError, ContextError, DeviceError
-from minflash.gpu_memory import MARGIN_BYTES, cache_bytes, gpu_context
+from minflash.gpu_memory import MARGIN_BYTES, cache_bytes, gpu_context, step_bytes
 from minflash.plan import Room, describe, describe_shape, plan, room_of_card
 from minflash.shapes import SHAPES
 
