@@ -60,6 +60,7 @@ _ADDED_COMMANDS = {  # in NAME_cli.py each
     "doctor": "check this machine and say what to do",
     "verify": "compare the GPU with the reference on a model",
     "eval": "measure the perplexity of a text",
+    "completion": "print the script that makes bash complete commands and options",
 }
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -167,6 +167,14 @@ def test_far_positions(machine: Machine) -> None:
     split_edges(machine, model, Run(7), [39990, 39999])
 
 
+@pytest.mark.slow
+def test_the_end_of_a_context_of_128k(machine: Machine) -> None:
+    """All of it attended to, in splits by the rules of tuning."""
+    config = model_config(n_layers=1, n_heads=2, max_context=131072, rope=LLAMA3)
+    run = Run(7, small=False)
+    split_edges(machine, RandomModel(config, "fp16"), run, [131064, 131071])
+
+
 def test_rewind(machine: Machine) -> None:
     """Other tokens from an earlier position on replace the former ones."""
     model = MODELS["bf16"]()
