@@ -17,7 +17,7 @@ from .against import Against
 from .config import ModelConfig
 from .cuda_engine import CudaEngine
 from .device import CudaDevice, Device
-from .gpu_memory import position_bytes
+from .gpu_memory import step_bytes
 from .packing import Layout
 from .profiling import PhaseTime, phase_times
 from .sampling import Sampling
@@ -138,15 +138,6 @@ class RandomWeights:
             if layout.type == "int4":
                 halves[:, 1::2] = -7.5 * scale
             tiles[:, layout.tile_code_bytes :] = halves.view(cupy.uint8)
-
-
-def step_bytes(config: ModelConfig, matrices: dict[str, Layout], context: int) -> int:
-    """Bytes that one step must read at position ``context``."""
-    skipped = set() if config.tied else {"embed"}
-    weights = sum(
-        m.row_blocks * m.row_block_bytes for name, m in matrices.items() if name not in skipped
-    )
-    return weights + context * position_bytes(config)
 
 
 def read_ceiling(device: CudaDevice) -> float:

@@ -26,6 +26,8 @@ class Stats:
     time_to_first_token: float  # seconds
     peak_memory_bytes: int  # on the CPU: the largest size this process had so far
     reused_tokens: int = 0  # of the prompt: in the cache already, and not read again
+    gb_per_s: float | None = None  # read from the GPU's memory after the first token; CPU: None
+    percent_of_bus: float | None = None  # of what the card's memory clock and width allow
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,24 @@ class Clock:
 
     def _sums(self, engine: Engine) -> Stats:
         to_first, after = self._first - self._begin, self._last - self._first
+        rate = (self.tokens - 1) / after if after else 0.0
+        gb_per_s, percent = self._bandwidth(engine, rate)
         return Stats(
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.tokens,
             prompt_tps=(self.prompt_tokens - engine.reused) / to_first if to_first else 0.0,
-            generation_tps=(self.tokens - 1) / after if after else 0.0,
+            generation_tps=rate,
             time_to_first_token=to_first,
             peak_memory_bytes=peak_memory_bytes(engine),
             reused_tokens=engine.reused,
+            gb_per_s=gb_per_s,
+            percent_of_bus=percent,
         )
+
+    def _bandwidth(self, engine: Engine, rate: float) -> tuple[float | None, float | None]:
+        """At the position in the middle of the answer."""
+        bandwidth = getattr(engine, "bandwidth", None)  # of a GPU
+        if bandwidth is None or not rate:
+            return None, None
+        found: tuple[float, float | None] = bandwidth(rate, self.prompt_tokens + self.tokens // 2)
+        return found

@@ -60,6 +60,7 @@ _ADDED_COMMANDS = {  # in NAME_cli.py each
     "doctor": "check this machine and say what to do",
     "verify": "compare the GPU with the reference on a model",
     "eval": "measure the perplexity of a text",
+    "completion": "print the script that makes bash complete commands and options",
 }
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -256,9 +257,12 @@ def _print_json(llm: LLM, chunks: list[Chunk]) -> None:
 
 def _stats_line(stats: Stats, reason: str | None) -> str:
     ended = "; stopped at --max-tokens or the end of the context" if reason == "length" else ""
+    read = "" if stats.gb_per_s is None else f", {stats.gb_per_s:.0f} GB/s"
+    if stats.percent_of_bus is not None:
+        read += f" ({stats.percent_of_bus:.0f} % of the card's bus)"
     return (
         f"[{stats.prompt_tokens} + {stats.generation_tokens} tokens, first after "
-        f"{stats.time_to_first_token:.2f} s, then {stats.generation_tps:.1f} tokens/s{ended}]"
+        f"{stats.time_to_first_token:.2f} s, then {stats.generation_tps:.1f} tokens/s{read}{ended}]"
     )
 
 

@@ -18,7 +18,7 @@ from .cache_state import CacheLayout, CacheState
 from .choosing import Chooser, none_allowed
 from .codegen import generate
 from .errors import DeviceError, MinflashError
-from .gpu_memory import BLOCK_POSITIONS, cache_block_bytes
+from .gpu_memory import BLOCK_POSITIONS, cache_block_bytes, step_bytes
 from .kept import KeptTokens
 from .reference import rms_norm
 from .step_model import CHAINED, StepModel
@@ -86,7 +86,8 @@ class CudaEngine:
     def _take(self, model: StepModel) -> None:
         self._model: StepModel | None = model
         self.config, self.max_context = model.config, model.max_context
-        self.peak_memory_bytes = model.nbytes
+        self.peak_memory_bytes, self._matrices = model.nbytes, model.matrices
+        self._bus: float | None = getattr(model.device, "bus_gb_per_s", None)
         self.forwarded = self.reused = 0
         self._kept = KeptTokens(model.config)
         self._columns = 0  # of the step that was launched last
@@ -231,6 +232,11 @@ class CudaEngine:
         weight = model.read_vector("final_norm")
         hidden: NDArray[np.float32] = rms_norm(residual, weight, self.config.norm_eps)
         return hidden
+
+    def bandwidth(self, steps_per_s: float, position: int) -> tuple[float, float | None]:
+        """GB/s that so many steps a second at a position read, and per cent of the card's bus."""
+        speed = steps_per_s * step_bytes(self.config, self._matrices, position) / 1e9
+        return speed, 100 * speed / self._bus if self._bus else None
 
     def reset(self) -> None:
         self._kept.cut(0)

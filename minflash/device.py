@@ -167,6 +167,13 @@ class CudaDevice:
     def build(self, program: Program) -> Mapping[str, Launch]:
         return Kernels(self, program)
 
+    @property
+    def bus_gb_per_s(self) -> float | None:
+        """What clock and width of the memory allow, both edges of the clock; None: not told."""
+        found = self._cupy.cuda.Device(self.id).attributes
+        kilohertz, bits = (found.get(k, 0) for k in ("MemoryClockRate", "GlobalMemoryBusWidth"))
+        return 2 * kilohertz * 1e3 * bits / 8 / 1e9 or None
+
     def launcher(self, code: bytes, program: Program, name: str) -> Launch:
         """Loads a kernel; its module stays loaded as long as the function lives."""
         from cupy_backends.cuda.api import driver

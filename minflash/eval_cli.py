@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ArgumentError, MinflashError
+from .progress import bar
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -92,10 +93,12 @@ def perplexity(
             f"the text has {len(tokens)} tokens; at least 2 are needed to predict one"
         )
     began, total, count = time.perf_counter(), 0.0, 0
-    for begin, first, end in windows(len(tokens), context, stride):
-        scores = llm.score(tokens[begin:end]).logprobs[first - begin :]
-        total -= math.fsum(score for score in scores if score is not None)
-        count += len(scores)
+    with bar(len(tokens) - 1, "reading", " tokens") as shown:
+        for begin, first, end in windows(len(tokens), context, stride):
+            scores = llm.score(tokens[begin:end]).logprobs[first - begin :]
+            total -= math.fsum(score for score in scores if score is not None)
+            count += len(scores)
+            shown.update(len(scores))
     bits = total / math.log(2) / len(text.encode())
     seconds = time.perf_counter() - began
     mean = total / count

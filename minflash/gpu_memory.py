@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .codegen import Program
 from .config import ModelConfig
 from .context import check_own
 from .errors import ContextError, DeviceError
 from .notice import say_once
+from .packing import Layout
 
 BLOCK_POSITIONS = 16  # positions of one block of the KV cache
 MARGIN_BYTES = 256 << 20  # left free: for the kernel itself, and for others on the card
@@ -15,6 +18,15 @@ MARGIN_BYTES = 256 << 20  # left free: for the kernel itself, and for others on 
 def position_bytes(config: ModelConfig) -> int:
     """Bytes of K and V of one position, all layers, 16 bits a value."""
     return 4 * config.n_layers * config.n_kv_heads * config.head_dim
+
+
+def step_bytes(config: ModelConfig, matrices: Mapping[str, Layout], context: int) -> int:
+    """Bytes that one step must read at position ``context``."""
+    skipped = set() if config.tied else {"embed"}
+    weights = sum(
+        m.row_blocks * m.row_block_bytes for name, m in matrices.items() if name not in skipped
+    )
+    return weights + context * position_bytes(config)
 
 
 def cache_block_bytes(config: ModelConfig) -> int:

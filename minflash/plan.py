@@ -19,7 +19,7 @@ from .context import check_own
 from .convert_types import Wanted, choose
 from .cuda_engine import LARGEST_CARD
 from .errors import ArgumentError, CheckpointError, ConfigError
-from .gpu_memory import cache_bytes, fixed_bytes, positions_that_fit
+from .gpu_memory import cache_bytes, fixed_bytes, positions_that_fit, step_bytes
 from .packing import Layout
 from .safetensors_file import read_json
 from .shapes import SHAPES, shape_config, shape_layouts
@@ -83,8 +83,6 @@ def plan(model: Described, room: Room, context: int | None = None) -> Plan:
     Raises ContextError when ``context`` is more than the model's own, and DeviceError when the
     kernel cannot run the model.
     """
-    from .bench import step_bytes
-
     config, own = model.config, model.config.max_context
     check_own(context, own, "the context")
     program = _program(model, room.facts)

@@ -68,6 +68,7 @@ class StepModel:
         when ``max_context`` is too much, and what ``checkpoint.copy_to`` raises.
         """
         self.config, self.device = checkpoint.config, device
+        self.matrices = dict(checkpoint.matrices)
         config = self.config
         if kv_type is None:
             kv_type = "bf16" if checkpoint.matrices["layers.0.wqkv"].type == "bf16" else "fp16"

@@ -34,6 +34,7 @@ PROMPTS = (
     "to swim. Every morning he looked at the water and said: \u201cToday I shall begin.\u201d",
 )
 ANSWER_TOKENS = 12  # generated after each sequence, one at a time: the kernel of one column
+PASSES = 3  # the kernel, the reference in float64, the reference that rounds
 _RANDOM_TOKENS = 45  # not a multiple of the columns of a step
 
 Array = NDArray[Any]
@@ -88,17 +89,25 @@ def sequences(
 
 
 def verify(
-    checkpoint: Weights, engine: Engine, cases: Mapping[str, Sequence[int]]
+    checkpoint: Weights,
+    engine: Engine,
+    cases: Mapping[str, Sequence[int]],
+    done: Callable[[], None] = lambda: None,
 ) -> Iterator[Verdict]:
     """A verdict for each of ``cases`` {name: token ids}, in order.
 
-    Raises DeviceError when the memory does not hold the reference.
+    done: called PASSES times for each case, while the work goes on. Raises DeviceError when the
+    memory does not hold the reference.
     """
     dtype = _dtype(checkpoint)
     whole = {name: _continued(engine, tokens) for name, tokens in cases.items()}
-    found = {name: engine.logits(tokens) for name, tokens in whole.items()}
-    exact = _reference_logits(checkpoint, dtype, None, whole)
-    rounded = _reference_logits(checkpoint, dtype, kernel_rounding(checkpoint.matrices), whole)
+    found = {}
+    for name, tokens in whole.items():
+        found[name] = engine.logits(tokens)
+        done()
+    exact = _reference_logits(checkpoint, dtype, None, whole, done)
+    rounding = kernel_rounding(checkpoint.matrices)
+    rounded = _reference_logits(checkpoint, dtype, rounding, whole, done)
     for name, tokens in whole.items():
         yield compare(name, tokens, len(cases[name]), found[name], exact[name], rounded[name])
 
@@ -144,14 +153,16 @@ def _reference_logits(
     dtype: type[np.floating[Any]],
     rounding: Callable[[str, Array], Array] | None,
     cases: Mapping[str, Sequence[int]],
+    done: Callable[[], None],
 ) -> dict[str, Array]:
     """Logits of all cases; one reference at a time is in memory."""
     longest = max(len(tokens) for tokens in cases.values())
     reference = Reference(checkpoint, dtype=dtype, max_context=longest, rounding=rounding)
-    return {
-        name: np.asarray(reference.forward(tokens, 0, all_logits=True))
-        for name, tokens in cases.items()
-    }
+    found = {}
+    for name, tokens in cases.items():
+        found[name] = np.asarray(reference.forward(tokens, 0, all_logits=True))
+        done()
+    return found
 
 
 def _dtype(checkpoint: Weights) -> type[np.floating[Any]]:

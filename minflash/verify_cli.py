@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import DeviceError
+from .progress import bar
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -52,7 +53,7 @@ def run_with(args: argparse.Namespace, make_engine: Callable[[Checkpoint, int], 
     """``run`` on an engine of the caller's making: make_engine(checkpoint, max_context)."""
     from .checkpoint import open_checkpoint
     from .loading import model_folder
-    from .verify import sequences, verify
+    from .verify import PASSES, sequences, verify
 
     folder = model_folder(args.model)
     with open_checkpoint(folder) as checkpoint:
@@ -60,7 +61,8 @@ def run_with(args: argparse.Namespace, make_engine: Callable[[Checkpoint, int], 
         cases = sequences(checkpoint.config, _tokenize(folder, checkpoint), room)
         engine = make_engine(checkpoint, room)
         try:
-            verdicts = list(verify(checkpoint, engine, cases))
+            with bar(PASSES * len(cases), "verifying", " passes") as shown:
+                verdicts = list(verify(checkpoint, engine, cases, shown.update))
         finally:
             engine.close()
     _print(verdicts, as_json=args.json)

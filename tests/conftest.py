@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import minflash
 
 prepare_blas()  # before a test imports NumPy
+pytest.register_assert_rewrite("sampled")  # its assertions say what they compared
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from weight_files import HF_CONFIG, plan, random_matrix, random_vector, write_all, write_model
+from weight_files import (
+    HF_CONFIG,
+    new_writer,
+    plan,
+    random_matrix,
+    random_vector,
+    started,
+    write_all,
+    write_model,
+)
 
 from minflash import checkpoint_writer
 from minflash.checkpoint import CheckpointWriter, open_checkpoint
@@ -28,10 +37,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def new_writer(path: Path, **options: Any) -> CheckpointWriter:
-    return CheckpointWriter(path, HF_CONFIG, *plan(HF_CONFIG), **options)
 
 
 def test_pieces_of_rows(tmp_path: Path) -> None:
@@ -263,18 +268,10 @@ def test_numbers_that_are_none_are_not_written(tmp_path: Path, value: float) -> 
     assert not list(tmp_path.iterdir())
 
 
-def started(path: Path) -> CheckpointWriter:
-    """A writer after its first tensor."""
-    writer = new_writer(path)
-    matrix = random_matrix(plan(HF_CONFIG)[0][writer.names[0]])
-    writer.write_matrix(writer.names[0], matrix)
-    return writer
-
-
 def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
-        "from test_checkpoint_writer import started\n"
+        "from weight_files import started\n"
         "from pathlib import Path\n"
         "writer = started(Path(sys.argv[1]))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

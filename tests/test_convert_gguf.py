@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import CASES, memory_checkpoint, tensors
-from numpy.typing import NDArray
+from gguf_files import Types, write_gguf
 
 import minflash.conversion
 from minflash.checkpoint import open_checkpoint
@@ -18,79 +17,6 @@ from minflash.convert import convert
 from minflash.errors import ConvertError
 from minflash.packing import dequantize
 from minflash.quantize import quantize
-
-gguf = pytest.importorskip("gguf")
-Types = Callable[[str], str]  # GGUF tensor name -> ggml type
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers.": "blk.",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    for theirs, ggml in NAMES.items():
-        name = name.replace(theirs, ggml)
-    return name
-
-
-def permuted(values: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Row h, 2 i + p of the file is row h, p * half + i of the model; written as loops."""
-    out, head_dim = np.empty_like(values), len(values) // heads
-    for head in range(heads):
-        for i in range(head_dim // 2):
-            for p in range(2):
-                row = head * head_dim + 2 * i + p
-                out[row] = values[head * head_dim + p * head_dim // 2 + i]
-    return out
-
-
-def write_gguf(
-    path: Path, case: str, types: Types, change: Mapping[str, Any] = {}
-) -> dict[str, Any]:
-    """A GGUF file of a case; returns what the gguf package reads, named and ordered as in HF."""
-    config = ModelConfig.from_hf(CASES[case])
-    architecture = "llama" if config.architecture == "mistral" else config.architecture
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_context)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope.theta)
-    if any(config.windows):
-        writer.add_sliding_window(config.windows[0])
-    read: dict[str, Any] = {}
-    for name, values in {**tensors(case, "fp32"), **change}.items():
-        kind = gguf.GGMLQuantizationType[types(gguf_name(name)) if values.ndim == 2 else "F32"]
-        stored = gguf.quants.quantize(values, kind)
-        read[name] = np.asarray(gguf.quants.dequantize(stored, kind), dtype=np.float32)
-        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-            heads = config.n_heads if ".q_proj." in name else config.n_kv_heads
-            stored = permuted(stored, heads)
-        writer.add_tensor(gguf_name(name), stored, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return read
 
 
 def assert_exact(out: Path, case: str, read: dict[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from engines import HF_CONFIG, small_tuning
 from kernel_models import EmulatedDevice, RandomModel, bound, references, without_last_block
 
 from minflash import compiler, probe
@@ -24,17 +25,10 @@ from minflash.engine import CpuEngine
 from minflash.errors import CheckpointError, ContextError, DeviceError, MinflashError
 from minflash.gpu_memory import MARGIN_BYTES, cache_bytes, gpu_context
 from minflash.sampling import Sampling
-from minflash.step_model import StepModel, Weights
+from minflash.step_model import StepModel
 from minflash.tensors import expected_tensors
-from minflash.tuning import Tuning, choose
 from minflash.upload import Upload
 
-HF_CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 96,
-    "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 331, "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-}  # fmt: skip
 PROMPT = [5, 77, 300, 12, 9, 250, 31, 8, 119, 64]  # a chunk of 8 and one of 2
 GREEDY = Sampling()
 
@@ -61,11 +55,6 @@ def checkpoint(
         writer.commit()
     with open_checkpoint(folder) as opened:
         yield opened
-
-
-def small_tuning(model: Weights, device: EmulatedDevice) -> Tuning:
-    small = {"stages": 8, "stage_bytes": 4096, "in_flight_bytes": 12288}
-    return choose(model.config, model.matrices, device.facts, **small)
 
 
 def open_engine(

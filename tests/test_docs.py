@@ -20,14 +20,13 @@ GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 PAGES = [ROOT / "README.md", *GUIDE]
 # Commands that are not run here, with the reason.
 NOT_RUN = {
-    "pip ": "installs from the network; .ci/run installs the package",
+    "pip ": "installs from the network; .ci/run does all of the README's",
     "pytest": "is this run",
     "minflash serve": "runs for ever; tests/test_server.py",
     "minflash verify": "needs a GPU; tests/test_verify.py",
     "minflash bench": "needs a GPU; tests/test_bench.py",
     "minflash chat": "waits for a person; tests of the command line",
     "llm ": "tests/test_llm_plugin.py",
-    "curl ": "needs the server; tests/test_server.py",
     "python examples/": "tests/test_examples.py",
     "uvicorn ": "tests/test_examples.py",
 }
@@ -116,6 +115,29 @@ def test_every_python_block_runs(page: Path, folder: Path, environment: dict[str
         text=True, timeout=120, errors="replace",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_page_of_the_server_runs(folder: Path, environment: dict[str, str]) -> None:
+    """Against a server at another port; ``minflash serve`` itself: tests/test_server_running.py."""
+    from web_server import TINY, running
+
+    import minflash
+
+    page = ROOT / "docs" / "server.md"
+    asked = [block for block in blocks(page, "sh") if "curl" in block]
+    assert len(asked) == 1 and len(blocks(page, "python")) == 2
+    with minflash.load(TINY, device="cpu") as llm, running(llm) as server:
+        programs = [[sys.executable, "-c", block] for block in blocks(page, "python")]
+        if shutil.which("curl"):
+            programs.append(["bash", "-c", asked[0].replace("curl ", "curl --fail -sS ")])
+        for program in programs:
+            program[-1] = program[-1].replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+            done = subprocess.run(
+                program, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stdout or "create_app" in program[-1], program[-1]
 
 
 def test_the_readme_has_commands_and_python() -> None:

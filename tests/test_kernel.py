@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from emulator import ORDERS
 from kernel_cache import fill_cache, read_cache
+from kernel_cases import DYNAMIC, LLAMA3, LONGROPE, MODELS, TYPES, YARN
 from kernel_models import (
     Machine,
     RandomModel,
@@ -28,7 +29,7 @@ from kernel_models import (
 from seeded_bugs import BUGS, Bug, dropped, symptom
 
 from minflash.config import RopeConfig
-from minflash.packing import GROUP_SIZES, GROUPED_TYPES, Layout, dequantize
+from minflash.packing import Layout, dequantize
 from minflash.quantize import quantize
 from minflash.sampling import Sampling
 from minflash.step_model import CHAINED
@@ -37,57 +38,6 @@ from minflash.tail import Extras, noted_tokens
 pytestmark = pytest.mark.skipif(
     shutil.which(emulator.compiler()) is None, reason="the emulated device needs g++"
 )
-
-LLAMA3 = RopeConfig("llama3", 500000.0, 8.0, 64, 1.0, 4.0)
-YARN = RopeConfig("yarn", 10000.0, 4.0, 128)
-DYNAMIC = RopeConfig("dynamic", 10000.0, 2.0, 32)
-LONGROPE = RopeConfig(
-    "longrope", 10000.0, 4.0, 32, short_factor=(1.0,) * 32,
-    long_factor=tuple(1 + i / 8 for i in range(32)),
-)  # fmt: skip
-
-# One model for each type and group size, each with hazards of its own.
-MODELS = {
-    "bf16": lambda: RandomModel(model_config(), "bf16"),
-    "bf16, odd windows, q and k norms, int8 head, head_dim 128": lambda: RandomModel(
-        model_config(head_dim=128, qk_norm=True, tied=False, windows=(0, 21)),
-        "bf16", 0, ("int8", 32),
-    ),
-    "fp16, all biases, yarn, as many KV heads as heads": lambda: RandomModel(
-        model_config(
-            n_heads=2, n_kv_heads=2, qkv_bias=True, out_bias=True, mlp_bias=True, rope=YARN
-        ), "fp16",
-    ),
-    "fp16, head_dim 96, llama3, window 17": lambda: RandomModel(
-        model_config(head_dim=96, n_heads=2, rope=LLAMA3, windows=(17,)), "fp16"
-    ),
-    "fp8 32, fp16 head": lambda: RandomModel(model_config(), "fp8", 32, ("fp16", 0)),
-    "fp8 64, untied, 5 heads on 1": lambda: RandomModel(
-        model_config(dim=192, hidden_dim=320, n_heads=5, tied=False), "fp8", 64
-    ),
-    "fp8 128": lambda: RandomModel(model_config(dim=128, hidden_dim=384, n_heads=2), "fp8", 128),
-    "int8 32, all biases": lambda: RandomModel(
-        model_config(qkv_bias=True, out_bias=True, mlp_bias=True), "int8", 32
-    ),
-    "int8 64, 6 heads on 3": lambda: RandomModel(
-        model_config(dim=64, hidden_dim=192, n_heads=6, n_kv_heads=3), "int8", 64
-    ),
-    "int8 128, bf16 head": lambda: RandomModel(
-        model_config(dim=256, hidden_dim=384, n_heads=4, n_kv_heads=2), "int8", 128, ("bf16", 0)
-    ),
-    "int4 32, head_dim 96, q and k norms": lambda: RandomModel(
-        model_config(head_dim=96, qk_norm=True), "int4", 32, ("int8", 32)
-    ),
-    "int4 64, 3 layers, windows 40, 0, 9": lambda: RandomModel(
-        model_config(dim=128, hidden_dim=192, n_layers=3, windows=(40, 0, 9)),
-        "int4", 64, ("int8", 64),
-    ),
-    "int4 128, int4 head, 1 layer": lambda: RandomModel(
-        model_config(dim=128, hidden_dim=256, head_dim=128, n_layers=1, n_heads=2),
-        "int4", 128, ("int4", 64),
-    ),
-}  # fmt: skip
-TYPES = [("bf16", 0), ("fp16", 0)] + [(t, g) for t in GROUPED_TYPES for g in GROUP_SIZES]
 
 
 def check(machine: Machine, model: RandomModel, run: Run, n: int, widths: tuple[int, ...]) -> None:
@@ -112,6 +62,18 @@ def test_grids(machine: Machine, name: str, grid: int | None) -> None:
         check(machine, MODELS[name](), Run(grid, order, seed), 40, (1, 8, 2, 1, 7, 1, 8))
 
 
+@pytest.mark.parametrize("grid, orders", [(1, ORDERS[:2]), (2, ORDERS[1:2]), (7, ORDERS[:2])])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_on_few_and_many_blocks(
+    name: str, grid: int, orders: tuple[emulator.Order, ...]
+) -> None:
+    """In both orders of warps, of which two blocks have met the first above."""
+    machine, model = Machine("emulated"), MODELS[name]()
+    for order in orders:
+        check(machine, model, Run(grid, order), 12, (1, 8, 1, 2))
+    machine.close()
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp8 64, untied, 5 heads on 1", "int8 32, all biases"])
 def test_cp_async(machine: Machine, name: str) -> None:
     """The path of sm_80 to sm_89."""
@@ -130,10 +92,13 @@ def test_the_rules_of_tuning(machine: Machine, capability: int, shared_bytes: in
 
 @pytest.mark.parametrize(
     "type, group, dim, hidden_dim",
-    [("bf16", 0, 64, 4128), ("int8", 32, 4128, 64), ("int4", 64, 64, 4160)],
+    [("bf16", 0, 64, 8192), ("int8", 32, 8192, 64), ("int4", 64, 64, 4160)],
 )
 def test_wide_matrices(machine: Machine, type: str, group: int, dim: int, hidden_dim: int) -> None:
-    """More columns than fit into shared memory eight times over, more rows than partial sums."""
+    """More columns than fit into shared memory eight times over, more rows than partial sums.
+
+    The second panel of 8192 columns is as wide as the first, that of 4160 is narrow.
+    """
     config = model_config(dim=dim, hidden_dim=hidden_dim, n_heads=2, n_layers=1, vocab_size=130)
     model = RandomModel(config, type, group)
     check(machine, model, Run(2, "random"), 11, (1, 8, 2))
@@ -200,6 +165,14 @@ def test_far_positions(machine: Machine) -> None:
     config = model_config(n_layers=1, max_context=40000, windows=(300,), rope=LLAMA3)
     model = RandomModel(config, "fp16")
     split_edges(machine, model, Run(7), [39990, 39999])
+
+
+@pytest.mark.slow
+def test_the_end_of_a_context_of_128k(machine: Machine) -> None:
+    """All of it attended to, in splits by the rules of tuning."""
+    config = model_config(n_layers=1, n_heads=2, max_context=131072, rope=LLAMA3)
+    run = Run(7, small=False)
+    split_edges(machine, RandomModel(config, "fp16"), run, [131064, 131071])
 
 
 def test_rewind(machine: Machine) -> None:

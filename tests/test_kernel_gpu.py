@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kernel_cache import fill_cache
+from kernel_cases import MODELS, TYPES
 from kernel_models import (
     Machine,
     RandomModel,
@@ -23,8 +24,7 @@ from kernel_models import (
     references,
     without_last_block,
 )
-from test_kernel import MODELS, TYPES
-from test_kernel_sampling import SAMPLINGS, assert_sampled
+from sampled import SAMPLINGS, assert_sampled
 
 from minflash.errors import DeviceError
 from minflash.sampling import Sampling

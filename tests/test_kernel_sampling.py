@@ -9,44 +9,15 @@ import emulator
 import numpy as np
 import pytest
 from kernel_models import Machine, RandomModel, Run, model_config
+from sampled import SAMPLINGS, assert_sampled
 
 from minflash.quantize import quantize
-from minflash.sampling import Sampling, gumbel, random_bits, sample, threshold
+from minflash.sampling import Sampling
 from minflash.step_model import CHAINED
 
 pytestmark = pytest.mark.skipif(
     shutil.which(emulator.compiler()) is None, reason="the emulated device needs g++"
 )
-
-SAMPLINGS = {
-    "temperature": Sampling(temperature=0.8),
-    "top_k": Sampling(temperature=1.0, top_k=5),
-    "top_k 1": Sampling(temperature=1.0, top_k=1),
-    "top_k beyond the vocabulary": Sampling(temperature=1.3, top_k=5000),
-    "top_p": Sampling(temperature=1.0, top_p=0.7),
-    "top_p of one token": Sampling(temperature=0.5, top_p=1e-6),
-    "min_p": Sampling(temperature=1.5, min_p=0.1),
-    "min_p 1": Sampling(temperature=1.5, min_p=1.0),
-    "top_k and top_p": Sampling(temperature=2.0, top_k=20, top_p=0.9),
-    "all": Sampling(temperature=1.2, top_k=50, top_p=0.95, min_p=0.02),
-}
-
-
-def assert_sampled(token: int, logits: np.ndarray, sampling: Sampling, position: int) -> None:
-    """The token is the specification's, or their difference is within the last bits of log and exp.
-
-    One unit in the last place of a log or exp moves a score, or a threshold, by less than 1e-5.
-    """
-    if token == sample(logits, sampling, position):
-        return
-    scaled = logits / np.float32(sampling.temperature)
-    assert sampling.seed is not None
-    bits = random_bits(np.arange(-(-logits.size // 4), dtype=np.uint32), position, sampling.seed)
-    scores = scaled + gumbel(bits.reshape(-1)[: logits.size])
-    limit = threshold(scaled, sampling)
-    surely_kept = scaled >= limit + 1e-5
-    assert scaled[token] >= limit - 1e-5
-    assert scores[token] >= scores[surely_kept].max(initial=-np.inf) - 1e-5
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)

@@ -107,6 +107,7 @@ def test_stats(scripted: Any) -> None:
     assert (stats.prompt_tokens, stats.generation_tokens) == (4, 5)
     assert stats.time_to_first_token > 0 and stats.prompt_tps > 0 and stats.generation_tps > 0
     assert stats.peak_memory_bytes > 1e6
+    assert stats.gb_per_s is stats.percent_of_bus is None  # a GPU's
 
 
 # Prompts and the context

@@ -93,7 +93,7 @@ def test_hugging_face_folder_is_converted_into_the_cache_once(source: Path, cach
 
 
 def test_gguf_file_gives_the_same_tokens(llm: LLM, cache: Path, tmp_path: Path) -> None:
-    from test_convert_gguf import write_gguf
+    from gguf_files import write_gguf
 
     path = tmp_path / "small model.gguf"
     write_gguf(path, "llama2", lambda name: "BF16")

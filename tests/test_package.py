@@ -184,6 +184,11 @@ def test_nothing_imports_torch(path: Path) -> None:
     assert not imported_modules(path) & {"torch", "transformers", "tensorflow", "jax"}
 
 
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_what_tests_share_is_in_no_test_file(path: Path) -> None:
+    assert not [name for name in imported_modules(path) if name.startswith("test_")]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_package_imports_only_what_it_declares(path: Path) -> None:
     foreign = imported_modules(path) - set(sys.stdlib_module_names) - {"minflash", ""}

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines import cpu_engine, cuda_engine, gpu_engine
 from kernel_models import RandomModel, model_config
-from test_reuse import cpu_engine, cuda_engine, gpu_engine
-from test_sampling import draws
+from sampled import draws
 
 import minflash
 from minflash.choosing import Chooser

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 import minflash
-from minflash.bench import step_bytes
 from minflash.cards import CARDS, find_card
 from minflash.checkpoint import open_checkpoint
 from minflash.cli import main
 from minflash.config import ModelConfig
 from minflash.errors import ArgumentError, CheckpointError, ContextError, DeviceError
-from minflash.gpu_memory import MARGIN_BYTES, cache_bytes, gpu_context
+from minflash.gpu_memory import MARGIN_BYTES, cache_bytes, gpu_context, step_bytes
 from minflash.plan import Room, describe, describe_shape, plan, room_of_card
 from minflash.shapes import SHAPES
 
@@ -113,7 +112,7 @@ def test_a_gguf_file_is_described_as_convert_makes_it(
     stored: str, quant: str | None, tmp_path: Path
 ) -> None:
     pytest.importorskip("gguf")
-    from test_convert_gguf import write_gguf
+    from gguf_files import write_gguf
 
     path = tmp_path / "model.gguf"
     write_gguf(path, "llama2", lambda name: "F32" if "norm" in name else stored)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from emulator import ORDERS
 from kernel_cache import fill_cache, read_cache
+from kernel_cases import DYNAMIC, LONGROPE, MODELS
 from kernel_models import (
     Machine,
     RandomModel,
@@ -30,7 +31,6 @@ from kernel_models import (
 )
 from seeded_bugs import DROPPED, Bug
 from seeded_prefill_bugs import BUGS, symptom
-from test_kernel import DYNAMIC, LONGROPE, MODELS
 
 from minflash.errors import ContextError
 from minflash.numeric import bf16_to_fp32

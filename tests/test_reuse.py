@@ -10,22 +10,19 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from kernel_models import EmulatedDevice, RandomModel, model_config
+from engines import cpu_engine, cuda_engine, gpu_engine
+from kernel_models import RandomModel, model_config
 from small_model import write_source
 
 import minflash
 from minflash.checkpoint import Checkpoint
 from minflash.config import RopeConfig
-from minflash.cuda_engine import CudaEngine
-from minflash.device import CudaDevice
 from minflash.engine import CpuEngine, Engine
 from minflash.errors import CheckpointError, ContextError, MinflashError
 from minflash.kept import KeptTokens
 from minflash.llm import LLM
 from minflash.sampling import Sampling
 from minflash.states import load, save
-from minflash.step_model import StepModel
-from minflash.tuning import choose
 
 GREEDY = Sampling()
 PROMPT = [5, 77, 300, 12, 9, 250, 31, 8, 119, 64]
@@ -35,24 +32,6 @@ CONFIG = model_config()
 @pytest.fixture(scope="module")
 def model() -> RandomModel:
     return RandomModel(CONFIG, "bf16", seed=3)
-
-
-def cpu_engine(model: RandomModel, max_context: int = 64) -> CpuEngine:
-    return CpuEngine(cast(Checkpoint, model), max_context)
-
-
-def cuda_engine(model: RandomModel, max_context: int = 64) -> CudaEngine:
-    device = EmulatedDevice()
-    tuning = choose(
-        model.config, model.matrices, device.facts,
-        stages=8, stage_bytes=4096, in_flight_bytes=12288,
-    )  # fmt: skip
-    step = StepModel(model, device, max_context, tuning=tuning, watchdog_ns=120 * 10**9)
-    return CudaEngine.over(step)
-
-
-def gpu_engine(model: RandomModel, max_context: int = 64) -> CudaEngine:
-    return CudaEngine.over(StepModel(model, CudaDevice(), max_context))
 
 
 @pytest.fixture(

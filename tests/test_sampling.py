@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from sampled import draws
 
 from minflash.errors import ArgumentError, MinflashError
 from minflash.sampling import Sampling, gumbel, philox4x32, random_bits, sample, threshold
@@ -73,19 +74,6 @@ def test_masked_logits_are_never_drawn():
     logits[[13, 49]] = 0.0
     draws = {sample(logits, Sampling(temperature=5.0, seed=1), position) for position in range(100)}
     assert draws == {13, 49}
-
-
-def draws(logits: np.ndarray, sampling: Sampling, n: int) -> np.ndarray:
-    """``sample`` for the positions 0 to n - 1 at once; the first ones are compared with it."""
-    scaled = logits / np.float32(sampling.temperature)
-    scores = np.where(scaled >= threshold(scaled, sampling), scaled, np.float32(-np.inf))
-    blocks = -(-scores.size // 4)
-    counters = np.zeros((n, blocks, 4), np.uint32)
-    counters[:, :, 0], counters[:, :, 1] = np.arange(blocks), np.arange(n)[:, None]
-    words = philox4x32(counters.reshape(-1, 4), (sampling.seed & 0xFFFFFFFF, sampling.seed >> 32))
-    tokens = np.argmax(scores + gumbel(words.reshape(n, -1)[:, : scores.size]), axis=1)
-    assert tokens[:300].tolist() == [sample(logits, sampling, place) for place in range(300)]
-    return tokens
 
 
 def test_filters_by_hand():

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engines import cuda_engine
 from kernel_models import RandomModel, model_config
-from test_reuse import cuda_engine
 
 import minflash
 from minflash import engine as engine_module

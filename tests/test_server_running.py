@@ -50,6 +50,25 @@ def test_key(llm: minflash.LLM) -> None:
             assert client.models.list().data
 
 
+def test_a_key_is_compared_in_constant_time(
+    llm: minflash.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every decision is compare_digest's, on the whole header."""
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(given: bytes, key: bytes) -> bool:
+        compared.append((given, key))
+        return given == b"as if equal"
+
+    monkeypatch.setattr("minflash.server_http.hmac.compare_digest", compare)
+    with running(llm, Settings(api_key="sesame")) as server:
+        assert server.get("/v1/models", Authorization="Bearer sesame")[0] == 401
+        assert server.get("/v1/models", Authorization="as if equal")[0] == 200
+        assert server.get("/v1/models")[0] == 401
+    assert [given for given, _ in compared] == [b"Bearer sesame", b"as if equal", b""]
+    assert {key for _, key in compared} == {b"Bearer sesame"}
+
+
 def test_size_limit(llm: minflash.LLM) -> None:
     with running(llm, Settings(max_request_bytes=1000)) as server:
         assert server.post(CHAT, {"messages": MESSAGES, "max_tokens": 1})[0] == 200

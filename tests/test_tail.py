@@ -16,11 +16,21 @@ import numpy as np
 import pytest
 from emulator import ORDERS
 from kernel_models import Machine, RandomModel, Run, crowded_model, model_config
-from test_kernel_sampling import assert_sampled
+from sampled import (
+    ANSWER,
+    BIAS,
+    DRAWS,
+    ENDS,
+    PENALTIES,
+    PROMPT,
+    assert_report,
+    assert_sampled,
+    bits_of,
+)
 
 from minflash.codegen import generate
 from minflash.quantize import quantize
-from minflash.sampling import Sampling, adjusted, log_probabilities, sample, threshold
+from minflash.sampling import Sampling, adjusted, sample, threshold
 from minflash.step_model import CHAINED, StepModel
 from minflash.tail import PLAIN, Extras, noted_tokens
 from minflash.tuning import DeviceFacts, choose
@@ -29,33 +39,10 @@ pytestmark = pytest.mark.skipif(
     shutil.which(emulator.compiler()) is None, reason="the emulated device needs g++"
 )
 
-PROMPT = [5, 77, 300, 12, 9, 250, 31, 8, 119, 64]
-ANSWER = [7, 7, 300, 330, 7]
-ENDS = frozenset({0, 15, 330})
-BIAS = ((0, 3.5), (9, -100.0), (64, 1.25), (330, 2.0))
-PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
-
 
 @pytest.fixture(scope="module")
 def model() -> RandomModel:
     return RandomModel(model_config(), "bf16")
-
-
-def bits_of(allowed: np.ndarray) -> np.ndarray:
-    """bool [vocab_size] -> uint32 [vocab_size / 32, rounded up]."""
-    padded = np.pad(allowed, (0, -allowed.size % 32))
-    return np.packbits(padded, bitorder="little").view(np.uint32)
-
-
-def assert_report(
-    report: tuple[float, Sequence[tuple[int, float]]], logits: np.ndarray, token: int, n: int
-) -> None:
-    """Tokens are exact; float32 sums of the specification are within 1e-5."""
-    logprob, likeliest = report
-    expected, best = log_probabilities(logits), np.argsort(-logits, kind="stable")[:n]
-    assert logprob == pytest.approx(float(expected[token]), abs=1e-5)
-    assert [token for token, _ in likeliest] == best.tolist()
-    assert [value for _, value in likeliest] == pytest.approx(expected[best].tolist(), abs=1e-5)
 
 
 def check(
@@ -102,14 +89,6 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "min_tokens reached": {"min_tokens": 5, "logit_bias": ((15, 100.0),)},
     "penalties": PENALTIES,
     "all": {**PENALTIES, "logit_bias": BIAS, "min_tokens": 9},
-}
-DRAWS = {
-    "greedy": Sampling(),
-    "temperature": Sampling(0.9, seed=11),
-    "top_k": Sampling(1.1, top_k=12, seed=12),
-    "top_p": Sampling(1.0, top_p=0.8, seed=13),
-    "min_p": Sampling(1.0, min_p=0.05, seed=14),
-    "filters": Sampling(1.3, top_k=60, top_p=0.9, min_p=0.02, seed=15),
 }
 
 

@@ -10,12 +10,21 @@ import emulator
 import numpy as np
 import pytest
 from kernel_models import Machine, RandomModel, Run, both_references, bound, model_config
-from test_kernel_sampling import assert_sampled
-from test_tail import BIAS, DRAWS, ENDS, PENALTIES, PROMPT, assert_report, bits_of
+from sampled import (
+    BIAS,
+    DRAWS,
+    ENDS,
+    PENALTIES,
+    PROMPT,
+    assert_report,
+    assert_sampled,
+    bits_of,
+)
 
 from minflash.choosing import Chooser
 from minflash.cuda_engine import AHEAD, CudaEngine
 from minflash.errors import MinflashError
+from minflash.gpu_memory import step_bytes
 from minflash.llm import LLM
 from minflash.sampling import Sampling, adjusted, sample
 
@@ -126,6 +135,39 @@ def test_chunks_of_an_llm_have_their_own_report(machine: Machine, model: RandomM
         assert chunk.logprob is not None and chunk.top_logprobs is not None
         assert_report((chunk.logprob, chunk.top_logprobs), logits, chunk.token, 2)
     llm.close()
+
+
+def test_stats_tell_what_was_read(machine: Machine, model: RandomModel) -> None:
+    engine = open_engine(machine, model)
+    llm = LLM(engine)
+    list(llm.stream(PROMPT, max_tokens=12, temperature=0.0, ignore_eos=True))
+    stats = llm.last_stats
+    assert stats is not None and stats.gb_per_s is not None
+    step = step_bytes(model.config, model.matrices, len(PROMPT) + 6)
+    assert stats.gb_per_s == pytest.approx(stats.generation_tps * step / 1e9)
+    if machine.kind == "emulated":
+        assert stats.percent_of_bus is None
+    else:
+        assert stats.percent_of_bus is not None and 0 < stats.percent_of_bus < 100
+    llm.close()
+    assert engine.bandwidth(10.0, 0)[0] > 0  # a stream that is ended by close has stats, too
+
+
+def test_cancel_stops_within_two_steps(machine: Machine, model: RandomModel) -> None:
+    """No step is launched any more but those that a token already asked for gives room for."""
+    llm = LLM(open_engine(machine, model))
+    expected = [c.token for c in llm.stream(PROMPT, max_tokens=5, temperature=0.0)]
+    stream = llm.stream(PROMPT, max_tokens=40, temperature=0.0, ignore_eos=True)
+    for _ in range(3):
+        next(stream)
+    launches = llm._engine._open_model().device.launches  # type: ignore[attr-defined]
+    launched = len(launches)
+    llm.cancel()
+    rest = list(stream)
+    assert len(rest) <= 2 and rest[-1].finish_reason == "cancelled"
+    assert len(launches) - launched <= 2
+    again = [c.token for c in llm.stream(PROMPT, max_tokens=5, temperature=0.0)]
+    assert again == expected
 
 
 def test_an_answer_that_nothing_may_begin(machine: Machine, model: RandomModel) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from engines import HF_CONFIG, small_tuning
 from kernel_models import EmulatedDevice, RandomModel
 from numpy.typing import NDArray
-from test_cuda_engine import HF_CONFIG, small_tuning
 
-from minflash.checkpoint import Checkpoint, CheckpointWriter
+from minflash.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from minflash.cli import main
 from minflash.config import ModelConfig
 from minflash.cuda_engine import CudaEngine
@@ -23,7 +24,7 @@ from minflash.errors import ArgumentError
 from minflash.eval_cli import perplexity, windows
 from minflash.loading import load
 from minflash.tensors import expected_tensors
-from minflash.verify import ANSWER_TOKENS, compare, sequences
+from minflash.verify import ANSWER_TOKENS, PASSES, compare, sequences, verify
 from minflash.verify_cli import run_with
 
 
@@ -84,6 +85,34 @@ def test_a_wrong_engine_fails(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_reference_itself_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_with(arguments(folder), CpuEngine) == 0
     assert "wrong tokens 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_long_work_shows_a_bar_on_a_terminal_only(
+    folder: Path,
+    converted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert run_with(arguments(folder), CpuEngine) == 0
+    assert ("verifying" in capsys.readouterr().err) == terminal
+    (tmp_path / "text").write_text("A few words.")
+    command = ["eval", "perplexity", str(tmp_path / "text"), "-m", str(converted)]
+    assert main([*command, "--device", "cpu"]) == 0
+    shown = capsys.readouterr().err
+    assert ("reading" in shown) == terminal and bool(shown) == terminal
+
+
+def test_every_pass_is_told(folder: Path) -> None:
+    told: list[None] = []
+    with open_checkpoint(folder) as checkpoint:
+        cases = sequences(checkpoint.config, None, 64)
+        engine = CpuEngine(checkpoint, 64)
+        verdicts = list(verify(checkpoint, engine, cases, lambda: told.append(None)))
+    assert len(told) == PASSES * len(verdicts) == PASSES * len(cases)
 
 
 def test_a_token_that_the_bound_does_not_excuse() -> None:

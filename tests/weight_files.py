@@ -86,6 +86,18 @@ def write_model(
         return writer.commit()
 
 
+def new_writer(path: Path, **options: Any) -> CheckpointWriter:
+    return CheckpointWriter(path, HF_CONFIG, *plan(HF_CONFIG), **options)
+
+
+def started(path: Path) -> CheckpointWriter:
+    """A writer after its first tensor."""
+    writer = new_writer(path)
+    matrix = random_matrix(plan(HF_CONFIG)[0][writer.names[0]])
+    writer.write_matrix(writer.names[0], matrix)
+    return writer
+
+
 @dataclass
 class Parts:
     """A safetensors file taken apart: change the parts, then ``save``."""
