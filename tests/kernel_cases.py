@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 from kernel_models import RandomModel, model_config
 
 from minflash.config import RopeConfig
 from minflash.packing import GROUP_SIZES, GROUPED_TYPES
+from minflash.quantize import quantize
 
 LLAMA3 = RopeConfig("llama3", 500000.0, 8.0, 64, 1.0, 4.0)
 YARN = RopeConfig("yarn", 10000.0, 4.0, 128)
@@ -56,3 +58,13 @@ MODELS = {
     ),
 }  # fmt: skip
 TYPES = [("bf16", 0), ("fp16", 0)] + [(t, g) for t in GROUPED_TYPES for g in GROUP_SIZES]
+
+
+def growing_model(type: str, group: int, factor: float) -> RandomModel:
+    """Two phases make the residual ``factor`` times as large as others do."""
+    model = RandomModel(model_config(dim=128, hidden_dim=192, n_layers=3), type, group)
+    for name in ("layers.0.wo", "layers.1.w_down"):
+        shape = model.matrices[name].rows, model.matrices[name].cols
+        values = np.random.default_rng(5).standard_normal(shape) * (factor * 2 / np.sqrt(shape[1]))
+        model.put(name, quantize(values.astype(np.float32), type, group, search=False))
+    return model

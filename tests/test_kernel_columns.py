@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from kernel_cases import growing_model
 from kernel_models import (
     Machine,
     RandomModel,
@@ -16,8 +17,6 @@ from kernel_models import (
     random_tokens,
     references,
 )
-
-from minflash.quantize import quantize
 
 WIDE = [("bf16", 0, 64, 4128), ("int8", 32, 4128, 64), ("int4", 64, 64, 4160)]
 
@@ -54,12 +53,7 @@ def test_a_residual_of_another_size(machine: Machine, type: str, group: int, fac
 
     The next norm's input is handed on in fp16 before that norm is known.
     """
-    model = RandomModel(model_config(dim=128, hidden_dim=192, n_layers=3), type, group)
-    for name in ("layers.0.wo", "layers.1.w_down"):
-        shape = model.matrices[name].rows, model.matrices[name].cols
-        values = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
-        values *= np.float32(factor * 2 / np.sqrt(shape[1]))
-        model.put(name, quantize(values, type, group, search=False))
+    model = growing_model(type, group, factor)
     tokens = random_tokens(model.config, 24)
     logits = feed(machine.open(model), tokens, (8, 7, 1))
     assert_within_bound(logits, *references(model, tokens))
