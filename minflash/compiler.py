@@ -67,6 +67,7 @@ def compile_in_child(source: str, options: Sequence[str]) -> bytes:
     """As ``compiled``, in another Python process; in this one where that does not work."""
     parent = str(Path(__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([parent, *sys.path])}
+    environment["OPENBLAS_NUM_THREADS"] = "1"  # importing CuPy loads it: threads nobody needs
     request = "\0".join((source, *options)).encode()
     try:
         done = subprocess.run(

@@ -26,7 +26,7 @@ _LEAST_WINDOW = 2  # row blocks whose partial sums are kept
 _PANEL_STEP = 128  # columns: a multiple of every tile's width
 _LINE_BYTES = 128  # of L2: copies that cut lines cost a tenth of the speed (docs/experiments.md)
 _STAGE_BYTES = 8192  # about this much
-_PREFETCH = 12  # chunks, where a multiprocessor's part of a layer is half a megabyte or more
+_PREFETCH = 12  # chunks: of 16 bits, a multiprocessor's part of a layer half a megabyte or more
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ def choose(
         shared_bytes=device.shared_bytes,
         stage_bytes=stage_bytes,
         in_flight_bytes=(5 if wide else 4) * stage_bytes,
-        prefetch=_PREFETCH if _layer_bytes(matrices) >= device.multiprocessors << 19 else 0,
+        prefetch=_PREFETCH
+        if wide and _layer_bytes(matrices) >= device.multiprocessors << 19
+        else 0,
     )
     return replace(chosen, **overrides)  # type: ignore[arg-type]
 
