@@ -198,8 +198,8 @@ __device__ __forceinline__ void attend(Running& run, const u8* block, const u8* 
 }
 
 // Writes what this warp knows into a slot, merged with what an earlier round left there.
-template <class Map, bool kMerge>
-__device__ __forceinline__ void leave(const Running& run, int slot) {
+template <class Map>
+__device__ __forceinline__ void leave(const Running& run, int slot, bool merge) {
   const Scratch<Map> s = Scratch<Map>::here();
   const int g = thread_index() % 32 / 4, q = thread_index() % 4;
 #pragma unroll
@@ -209,19 +209,19 @@ __device__ __forceinline__ void leave(const Running& run, int slot) {
 #pragma unroll
     for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     const bool kept = row_in_slot < s.kSlotRows;
-    if (kMerge && kept) {
+    if (merge && kept) {
       const float theirs = s.sums[row * 2], base = fmaxf(top, theirs);
       if (base != -kInfinity) mine = ex2_approx(top - base), other = ex2_approx(theirs - base);
       sum = sum * mine + s.sums[row * 2 + 1] * other;
       top = base;
     }
-    if (kMerge) __syncwarp();  // all lanes of the row have read its sums
+    __syncwarp();  // all lanes of the row have read its sums
     if (!kept) continue;
     float* at = s.outputs + row * kHeadDim + g;
 #pragma unroll
     for (int d = 0; d < kHeadDim / 8; d++) {
       const float value = run.out[d / 2][d % 2 * 2 + i];
-      at[d * 8] = kMerge ? value * mine + at[d * 8] * other : value;
+      at[d * 8] = merge ? value * mine + at[d * 8] * other : value;
     }
     if (g == 0) s.sums[row * 2] = top, s.sums[row * 2 + 1] = sum;
   }
@@ -250,11 +250,9 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
       return offset <= column && offset < plan.n_columns && (!window || offset > column - window);
     });
   const int slot = thread_index() / 32 % Map::kSlots, turn = thread_index() / 32 / Map::kSlots;
-  if (turn == 0) leave<Map, false>(run, slot);
-  sync_consumers();  // publishes the first slots
 #pragma unroll 1
-  for (int round = 1; round < kWarps / Map::kSlots; round++) {
-    if (turn == round) leave<Map, true>(run, slot);
+  for (int round = 0; round < kWarps / Map::kSlots; round++) {
+    if (turn == round) leave<Map>(run, slot, round > 0);
     sync_consumers();  // publishes this round's slots
   }
 }
@@ -266,7 +264,7 @@ struct Part { float maximum = -kInfinity, sum = 0, value = 0; };
 // registers of the kernel allow.
 template <class Map, class Get>
 __device__ __forceinline__ Part combined(int count, Get get) {
-  constexpr int kAtOnce = 8;
+  constexpr int kAtOnce = Map::kColumns == 1 ? 8 : 4;
   Part all;
 #pragma unroll 1
   for (int first = 0; first < count; first += kAtOnce) {
@@ -309,7 +307,6 @@ __device__ __forceinline__ void combine_slots(int rows, Put put) {
 template <class Map, class Finish>
 __device__ __forceinline__ void combine(const Exchange<Map>& exchange, const Plan<Map>& plan, const Unit& u, Finish finish) {
   const int rows = plan.rows(u);
-  if (plan.splits == 1) return combine_slots<Map>(rows, finish);
   // partials: [kv head][row tile][split][kRows][head_dim + 2]
   constexpr int kRow = kHeadDim + 2;
   const Workspace work(exchange.args);
@@ -317,9 +314,11 @@ __device__ __forceinline__ void combine(const Exchange<Map>& exchange, const Pla
   float* parts = work.partials() + (u64)team * plan.splits * kRows * kRow;
   float* mine = parts + u.split * kRows * kRow;
   combine_slots<Map>(rows, [&](int row, int d, const Part& part) {
+    if (plan.splits == 1) return finish(row, d, part);
     mine[row * kRow + 2 + d] = part.value;
     if (d == 0) mine[row * kRow] = part.maximum, mine[row * kRow + 1] = part.sum;
   });
+  if (plan.splits == 1) return;
   sync_consumers();  // the block's part is complete
   u32* last = reinterpret_cast<u32*>(Scratch<Map>::here().queries);
   if (thread_index() == 0)  // publishes the part, sees the others', and counts from 0 again after the last

@@ -61,6 +61,7 @@ __device__ __forceinline__ void wait_parity(int barrier, u32 parity, const StepA
 // was started pass, as a barrier that is new takes its round -1 for complete.
 template <class Map>
 struct Producer {
+  static constexpr bool kAllLanes = !kBulkCopy;
   const StepArgs& args;
   int stage = 0;   // next stage to fill
   u32 parity = 0;  // of that stage's current round
@@ -116,6 +117,7 @@ struct Producer {
 // that would only lengthen the queue before it.
 template <class Map>
 struct Prefetcher {
+  static constexpr bool kAllLanes = true;
   u32 chunk = 0;
   __device__ __forceinline__ explicit Prefetcher(const StepArgs&) {}
 

@@ -139,11 +139,24 @@ __device__ __noinline__ List bring(const Entry* from, u32 count) {
   return {fits ? room : from, count, low, high};
 }
 
+// The order of the likeliest: among equal keys the lowest token first.
+__device__ __forceinline__ u64 order_of(Entry entry) { return (u64)entry.key << 32 | ~entry.token; }
+
+// What an entry counts for: one, or what top_p weighs it with if it is among those that top_k keeps.
+struct Measure {
+  bool counts;
+  u32 least;  // key that top_k keeps
+  float top;
+  __device__ __forceinline__ u64 operator()(Entry entry) const {
+    return counts ? 1 : entry.key >= least ? weight_of(unordered(entry.key), top) : 0;
+  }
+};
+
 // The largest key for which the weights of the entries with that key or a larger one reach the goal, which
 // all entries together do. Of the range of keys, and then of the part of it in which the goal is reached,
-// 1024 parts are weighed at a time, the one of the largest keys first.
-template <class Map, class Key, class KeyOf, class Weight>
-__device__ __noinline__ Key select(List list, Key low, Key high, u64 goal, KeyOf key_of, Weight weight) {
+// 1024 parts are weighed at a time, the one of the largest keys first. by_token: keys are order_of().
+template <class Map>
+__device__ __noinline__ u64 select(List list, bool by_token, u64 goal, Measure measure) {
   struct Found {
     u64 goal;  // what is left of it
     u32 part;
@@ -153,13 +166,15 @@ __device__ __noinline__ Key select(List list, Key low, Key high, u64 goal, KeyOf
 #pragma unroll
   for (int i = 0; i < kEach; i++) mine[i] = 0;
   sync_consumers();  // the parts are empty
+  const u64 low = by_token ? (u64)list.low << 32 : list.low;
+  u64 high = by_token ? (u64)list.high << 32 | 0xffffffffu : list.high;
   int bits = 64 - __clzll(high - low);  // the range's: from high down
 #pragma unroll 1
   while (bits > 0) {
     const int shift = bits > kBinBits ? bits - kBinBits : 0;
     each_entry(list.entries, list.count, [&](u32, Entry entry) {
-      const Key key = key_of(entry), below = high - key;
-      if (key <= high && (u64)below >> shift < kBins) add_wide(parts + (below >> shift), weight(entry));
+      const u64 key = by_token ? order_of(entry) : entry.key, below = high - key;
+      if (key <= high && below >> shift < kBins) add_wide(parts + (below >> shift), measure(entry));
     });
     sync_consumers();  // publishes the parts
     u64 weights[kEach], sum = 0;
@@ -173,32 +188,11 @@ __device__ __noinline__ Key select(List list, Key low, Key high, u64 goal, KeyOf
     }
     sync_consumers();  // publishes the part in which the goal is reached
     goal = told<Map, Found>().goal;
-    high -= (Key)told<Map, Found>().part << shift;
+    high -= (u64)told<Map, Found>().part << shift;
     bits = shift;
   }
   return high;
 }
-
-// The order of selection: by keys alone, and among equal keys by token, the lowest first.
-struct ByKey {
-  __device__ __forceinline__ u32 operator()(Entry entry) const { return entry.key; }
-};
-struct ByKeyAndToken {
-  __device__ __forceinline__ u64 operator()(Entry entry) const { return (u64)entry.key << 32 | ~entry.token; }
-};
-
-// What an entry counts for: one, or what top_p weighs it with if it is among those that top_k keeps.
-struct Counts {
-  __device__ __forceinline__ u64 operator()(Entry) const { return 1; }
-};
-struct CountsOrWeighs {
-  bool counts;
-  u32 least;  // key that top_k keeps
-  float top;
-  __device__ __forceinline__ u64 operator()(Entry entry) const {
-    return counts ? 1 : entry.key >= least ? weight_of(unordered(entry.key), top) : 0;
-  }
-};
 
 // Which bins the filters keep whole, which they cut through, and which hold the likeliest tokens.
 struct Bounds {

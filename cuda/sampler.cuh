@@ -327,13 +327,13 @@ struct Choice {
   // Where in the listed bins the filters end.
   __device__ __forceinline__ void settle(const Bounds& bounds, u32 count) {
     const List list = bring<Map>(work.listed(), count);
-    CountsOrWeighs measure{true, 0, top_score};
+    Measure measure{true, 0, top_score};
     u32 least = least_key();
     u64 goal = bounds.rank;
 #pragma unroll 1
     for (int filter = 0; filter < 2; filter++) {  // top_k, top_p
       if (goal) {
-        const u32 key = select<Map, u32>(list, list.low, list.high, goal, ByKey(), measure);
+        const u32 key = (u32)select<Map>(list, false, goal, measure);
         if (measure.counts) measure.least = key;
         least = max(least, key);
       }
@@ -347,7 +347,7 @@ struct Choice {
   }
 
   // The weights of all that top_k keeps.
-  __device__ __forceinline__ u64 mass(const Bounds& bounds, const List& list, const CountsOrWeighs& measure) const {
+  __device__ __forceinline__ u64 mass(const Bounds& bounds, const List& list, const Measure& measure) const {
     if (!bounds.rank) return bounds.total;
     u64 listed = 0;
     each_entry(list.entries, list.count, [&](u32, Entry entry) { listed += measure(entry); });
@@ -364,13 +364,13 @@ struct Choice {
     if (count > kConsumers && n_likeliest()) {
       const List near = bring<Map>(list, count);
       list = near.entries;
-      least = select<Map, u64>(near, (u64)near.low << 32, (u64)near.high << 32 | 0xffffffffu, n_likeliest(), ByKeyAndToken(), Counts());
+      least = select<Map>(near, true, n_likeliest(), {true, 0, 0});
     }
     Entry* some = reinterpret_cast<Entry*>(Shared<Map>::scratch());  // [kConsumers]
     if (threadIdx.x == 0) told<Map, u32>() = 0;
     sync_consumers();  // publishes that nothing is taken yet, and the scratch is free
     each_entry(list, count, [&](u32, Entry entry) {
-      if (ByKeyAndToken()(entry) >= least) some[atomicAdd(&told<Map, u32>(), 1u)] = entry;
+      if (order_of(entry) >= least) some[atomicAdd(&told<Map, u32>(), 1u)] = entry;
     });
     sync_consumers();  // publishes what is taken
     const u32 taken = told<Map, u32>();
@@ -378,7 +378,7 @@ struct Choice {
       const Entry mine = some[threadIdx.x];
       u32 place = 0;
 #pragma unroll 4
-      for (u32 j = 0; j < taken; j++) place += ByKeyAndToken()(some[j]) > ByKeyAndToken()(mine);
+      for (u32 j = 0; j < taken; j++) place += order_of(some[j]) > order_of(mine);
       if (place < n_likeliest()) report->likeliest[place] = {mine.token, unordered(mine.key)};
     }
     if (threadIdx.x == 0) report->total = ld_cg(&work.tail()->bins.total), report->top = top_logit, report->chosen = chosen;

@@ -10,6 +10,7 @@ namespace {
 // All that the step reads from device memory in large pieces, in the order in which it is consumed.
 template <class Map, class To>
 __device__ void stream(const StepArgs& args) {
+  if (!To::kAllLanes && threadIdx.x % 32 != 0) return;
   To to(args);
   Deal deal;
 #pragma unroll 1
@@ -130,8 +131,8 @@ __device__ __forceinline__ void step(const StepArgs& args) {
   if (threadIdx.x == 0) init_ring(Shared<Map>::ring());
   __syncthreads();  // publishes the ring's barriers to all warps
   if (threadIdx.x < kConsumers) consume<Map>(args);
-  else if (threadIdx.x >= kConsumers + 32) stream<Map, Prefetcher<Map>>(args);
-  else if (!kBulkCopy || threadIdx.x % 32 == 0) stream<Map, Producer<Map>>(args);
+  else if (threadIdx.x < kConsumers + 32) stream<Map, Producer<Map>>(args);
+  else if constexpr (kPrefetch > 0) stream<Map, Prefetcher<Map>>(args);
 }
 
 }  // namespace
