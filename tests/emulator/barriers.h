@@ -66,7 +66,7 @@ static void complete(Block& b, u32 warp, WarpGate& g) {
   if (g.what == Exchange::mma_f16) multiply<f32_of_f16>(slots);
   make_ready(b, warp, g.arrived);
   g.arrived = 0, g.generation++;
-  step(b);
+  if (g.what != Exchange::shuffle && g.what != Exchange::vote) step(b);  // a poll may be shared by shuffles
 }
 
 static WarpGate& find_gate(Block& b, u32 warp, u32 mask) {
