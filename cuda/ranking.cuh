@@ -31,7 +31,7 @@ struct Tail {
   u64 entries;               // of the two lists: scores, and logits << 32
   Bins bins;
 };
-static_assert(sizeof(Tail) == kTailBytes, "Tail differs from TAIL_BYTES of codegen.py");
+static_assert(sizeof(Tail) == kTailBytes, "Tail differs from TAIL_BYTES of workspace.py");
 
 // Floats as integers that compare alike.
 __device__ __forceinline__ u32 ordered(float v) {

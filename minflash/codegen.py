@@ -22,22 +22,19 @@ from .prefill_layout import prefill_barriers, prefill_struct, prefill_token_byte
 from .resources import resource_dir
 from .sampling import MAX_LOGPROBS
 from .tensors import expected_tensors
-from .tuning import (
-    ATTENTION_ROWS,
-    MANY_COLUMNS,
-    SharedMap,
-    Tuning,
-    chunk_tiles,
-    parts,
-    shared_map,
+from .tuning import MANY_COLUMNS, SharedMap, Tuning, chunk_tiles, parts, shared_map
+from .workspace import (
+    PHASES_PER_LAYER,
+    TAIL_BYTES,
+    max_teams,
+    team_row_blocks,
+    workspace_offsets,
+    workspace_struct,
 )
 
 KERNELS = ("step_one", "step_many")
 PREFILL = "prefill"  # the kernel that reads the front part of long prompts
-PHASES_PER_LAYER = 5
 TAIL_BARRIERS = 2  # of a step that ranks the vocabulary, beside the layers'
-TAIL_BYTES = 16408  # of struct Tail in cuda/ranking.cuh
-PROFILE_MARKS = 4  # of a phase, as in cuda/profile.cuh
 ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD = 1, 2, 3  # what was waited for in vain
 _ALIGN = 256  # bytes, of every tensor on the device
 _ABSENT = 0xFFFFFFFFFFFFFFFF
@@ -158,15 +155,15 @@ def generate(
     # Who makes a logit ranks it (cuda/sampler.cuh): the head is not in parts.
     shared = {kind: parts(layout, tuning, panel_cols) for kind, layout in layouts.items()}
     shared |= {"embed": 1, "head": 1}
-    workspace = _workspace(
-        config, tuning, _team_row_blocks(layouts, shared), tokens * sum(per_token.values())
+    workspace = workspace_offsets(
+        config, tuning, team_row_blocks(layouts, shared), tokens * sum(per_token.values())
     )
     constants = "\n".join([
         "#pragma once", '#include "tensor.cuh"',
         _tuning_constants(tuning, maps), _model_constants(config, kv_type),
         _tensor_constants(config, layouts, weights, tuning, shared), _args_struct(args),
         *(_map_struct(n, m) for n, m in zip(("MapOne", "MapMany"), maps.values(), strict=True)),
-        _workspace_struct(workspace), prefill_struct(workspace["prefill"], per_token),
+        workspace_struct(workspace), prefill_struct(workspace["prefill"], per_token),
     ])  # fmt: skip
     source, prefill_source = (
         join_sources(resource_dir("cuda"), root, {"config.cuh": constants})
@@ -277,7 +274,7 @@ constexpr bool kQkNorm = {_bool(config.qk_norm)};
 {table}
 __device__ constexpr int window([[maybe_unused]] int layer) {{ {window} }}
 }}
-constexpr int kMaxTeams = {_max_teams(config)};
+constexpr int kMaxTeams = {max_teams(config)};
 constexpr int kPhases = {PHASES_PER_LAYER * config.n_layers + 1};"""
 
 
@@ -331,83 +328,6 @@ def _map_struct(name: str, m: SharedMap) -> str:
   static constexpr int kSlots = {m.slots}, kStageData = {m.stage_data}, kScratch = {m.scratch};
   static constexpr int kTotalBytes = {m.total_bytes};
 }};"""
-
-
-_WORKSPACE_TYPES = {
-    "barrier": "u32", "abandoned": "u32", "next_token": "u32", "arrivals": "u32",
-    "candidates": "struct Candidate", "residual": "float", "squares": "float", "rounded": "u16",
-    "team_arrivals": "u32", "team_sums": "float2", "qkv": "float",
-    "attended": "u16", "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
-    "residual_words": "u64", "qkv_words": "u64", "attended_words": "u64", "hidden_words": "u64",
-    "tail": "ranking::Tail", "scores": "float", "listed": "ranking::Entry",
-    "ranked": "ranking::Entry", "noted": "uint2", "mask": "u32",
-}  # fmt: skip
-
-
-def _max_teams(config: ModelConfig) -> int:
-    """KV heads times the most query row tiles of one step."""
-    group = config.n_heads // config.n_kv_heads
-    return config.n_kv_heads * -(-group * MANY_COLUMNS // ATTENTION_ROWS)
-
-
-def _team_row_blocks(layouts: Mapping[str, Layout], shared: Mapping[str, int]) -> tuple[int, int]:
-    """Most row blocks of a matrix in parts, and most of row blocks times parts."""
-    some = [(layouts[k].row_blocks, n) for k, n in shared.items() if n > 1]
-    return max((b for b, _ in some), default=0), max((b * n for b, n in some), default=0)
-
-
-def _workspace(
-    config: ModelConfig, tuning: Tuning, team_row_blocks: tuple[int, int], prefill_bytes: int
-) -> dict[str, int]:
-    """Offsets of the workspace's parts. Words that blocks spin on have lines of their own.
-
-    What is before the residual must be zero at first, and after a step that was abandoned.
-    """
-    qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    phases = PHASES_PER_LAYER * config.n_layers + 1
-    sizes = {
-        "barrier": 4, "abandoned": 4, "next_token": 4, "arrivals": 4 * (_max_teams(config) + 1),
-        "candidates": 8 * tuning.grid, "tail": TAIL_BYTES,
-        "team_arrivals": 4 * team_row_blocks[0],
-        "residual": 4 * MANY_COLUMNS * config.dim, "squares": MANY_COLUMNS * config.dim // 2,
-        "rounded": 2 * MANY_COLUMNS * config.dim,
-        "team_sums": 8 * 8 * MANY_COLUMNS * team_row_blocks[1],
-        "qkv": 4 * MANY_COLUMNS * qkv,
-        "attended": 2 * MANY_COLUMNS * config.n_heads * config.head_dim,
-        "hidden": 2 * MANY_COLUMNS * config.hidden_dim,
-        "logits": 4 * MANY_COLUMNS * config.vocab_size,
-        # [vocab_size] each, read and written only where a step's options need them
-        "scores": 4 * config.vocab_size, "listed": 8 * config.vocab_size,
-        "ranked": 8 * config.vocab_size, "noted": 8 * config.vocab_size,
-        "mask": 4 * -(-config.vocab_size // 32),
-        "partials": 4 * tuning.grid * ATTENTION_ROWS * (config.head_dim + 2),
-        # The same vectors of one column, in words that carry the number of a phase.
-        "residual_words": 8 * config.dim, "qkv_words": 8 * qkv,
-        "attended_words": 4 * config.n_heads * config.head_dim,
-        "hidden_words": 4 * config.hidden_dim,
-        "profile": 8 * tuning.profile * tuning.grid * phases * PROFILE_MARKS,
-        "prefill": prefill_bytes,
-    }  # fmt: skip
-    offsets, end = {}, 0
-    for name, nbytes in sizes.items():
-        offsets[name] = end
-        end += -(-nbytes // _ALIGN) * _ALIGN
-    return {**offsets, "total": end}
-
-
-def _workspace_struct(workspace: Mapping[str, int]) -> str:
-    members = [
-        f"  __device__ __forceinline__ {c_type}* {name}() const {{ "
-        f"return ({c_type}*)(anew(args.workspace) + {workspace[name]}); }}"
-        for name, c_type in _WORKSPACE_TYPES.items()
-    ]
-    head = [
-        "namespace ranking { struct Tail; struct Entry; }",
-        "struct Workspace {",
-        "  const StepArgs& args;",
-        "  __device__ __forceinline__ explicit Workspace(const StepArgs& args) : args(args) {}",
-    ]
-    return "\n".join([*head, *members, "};"])
 
 
 def _bool(value: bool) -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .codegen import PHASES_PER_LAYER
 from .step_model import StepModel
+from .workspace import PHASES_PER_LAYER
 
 PHASES = ("qkv", "attention", "out", "gate and up", "down")  # of a layer; after the last: head
 

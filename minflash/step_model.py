@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rope
-from .codegen import ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD, PREFILL, PROFILE_MARKS, generate
+from .codegen import ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD, PREFILL, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
@@ -21,6 +21,7 @@ from .sampling import Sampling
 from .tail import PLAIN, REPORT, Extras, read_report
 from .tensors import expected_tensors
 from .tuning import MANY_COLUMNS, Tuning, choose
+from .workspace import PROFILE_MARKS
 
 if TYPE_CHECKING:
     from .choosing import TopLogprobs

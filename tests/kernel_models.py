@@ -221,7 +221,7 @@ class Run:
     capability: int = 90  # 80: cp.async in place of bulk copies
     shared_bytes: int = 101376  # of a block
     small: bool = True  # a small ring and short splits, so that tiny models go round them often
-    prefetch: int = 3  # chunks
+    prefetch: int = 0  # chunks
     kv_type: str | None = None
     max_context: int | None = None
     edit: Callable[[str], str] | None = None  # emulated only: plants a bug

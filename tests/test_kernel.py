@@ -78,7 +78,13 @@ def test_every_model_on_few_and_many_blocks(
 def test_cp_async(machine: Machine, name: str) -> None:
     """The path of sm_80 to sm_89."""
     for seed, order in enumerate(ORDERS[1:] if machine.kind == "emulated" else ORDERS[:1]):
-        check(machine, MODELS[name](), Run(2, order, seed, capability=80), 27, (1, 8, 2, 1, 7))
+        check(
+            machine,
+            MODELS[name](),
+            Run(2, order, seed, capability=80, prefetch=3),
+            27,
+            (1, 8, 2, 1, 7),
+        )
 
 
 @pytest.mark.parametrize(
@@ -316,9 +322,9 @@ def sanitized_steps() -> None:
     config = model_config(windows=(0, 21), qkv_bias=True, qk_norm=True)
     model = RandomModel(config, "int4", 32, ("int8", 32))
     machine = Machine("emulated")
-    split_edges(machine, model, Run(3, "random"), [0, 64, 96])
+    split_edges(machine, model, Run(3, "random", prefetch=3), [0, 64, 96])
     sampling = Sampling(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, seed=3)
-    step = machine.open(model, Run(3, "random"))
+    step = machine.open(model, Run(3, "random", prefetch=3))
     step.token(step.step([5], 0, sampling=sampling))
     step.note_tokens(noted_tokens(config.vocab_size, sampling, [5]))
     mask = np.full(11, 0xFFFFFFFF, np.uint32)

@@ -7,7 +7,6 @@ exp; on the emulated device and, where there is one, on a GPU.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,15 +22,13 @@ from sampled import (
     ENDS,
     PENALTIES,
     PROMPT,
-    assert_report,
-    assert_sampled,
     bits_of,
 )
+from tail_checks import check, tied_model
 
 from minflash.codegen import generate
-from minflash.quantize import quantize
-from minflash.sampling import Sampling, adjusted, sample, threshold
-from minflash.step_model import CHAINED, StepModel
+from minflash.sampling import Sampling, adjusted, threshold
+from minflash.step_model import CHAINED
 from minflash.tail import PLAIN, Extras, noted_tokens
 from minflash.tuning import DeviceFacts, choose
 
@@ -43,39 +40,6 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def model() -> RandomModel:
     return RandomModel(model_config(), "bf16")
-
-
-def check(
-    step: StepModel,
-    sampling: Sampling,
-    *,
-    allowed: np.ndarray | None = None,
-    logprobs: int | None = None,
-    tokens: Sequence[int] = (3,),
-    position: int = 2,
-) -> int:
-    """One step with a history: its token and its report. Returns the token."""
-    ban = len(ANSWER) < sampling.min_tokens
-    if sampling.adjusts:
-        noted = noted_tokens(step.config.vocab_size, sampling, PROMPT, ANSWER, ENDS)
-        step.note_tokens(noted)
-    mask = None if allowed is None else bits_of(allowed)
-    extras = Extras(sampling.adjusts, ban, mask, logprobs)
-    ticket = step.step(tokens, position, logits=True, sampling=sampling, extras=extras)
-    logits = step.read_logits(len(tokens))[-1]
-    token = step.token(ticket)
-    scores = adjusted(logits, sampling, PROMPT, ANSWER, ENDS, allowed)
-    if sampling.greedy:
-        assert token == sample(scores, sampling, 0)
-    else:
-        assert_sampled(token, scores, sampling, position + len(tokens))
-    if logprobs is not None:
-        assert_report(step.logprobs(ticket, logprobs), logits, token, logprobs)
-    if sampling.adjusts:
-        step.note_tokens(noted)
-    again = step.step(tokens, position, sampling=sampling, extras=extras)
-    assert step.token(again) == token  # the logits need not be kept
-    return token
 
 
 ADJUSTMENTS: dict[str, dict[str, Any]] = {
@@ -182,15 +146,6 @@ def test_nothing_allowed_is_told_apart_from_nan(
         step = machine.open(which)
         ticket = step.step([4], 0, sampling=DRAWS[draw], extras=extras)
         assert step.token(ticket) == expected
-
-
-def tied_model(vocab_size: int, values: Sequence[float]) -> RandomModel:
-    """Logits that take few values: equal rows of the head."""
-    model = RandomModel(model_config(tied=False, vocab_size=vocab_size), "bf16")
-    row = np.random.default_rng(2).standard_normal(96)
-    factors = np.resize(np.asarray(values), vocab_size)
-    model.put("lm_head", quantize((factors[:, None] * row).astype(np.float32), "bf16"))
-    return model
 
 
 @pytest.mark.parametrize("values", [(0.0,), (0.1, 0.0, 0.2), (-0.125, 0.25)])

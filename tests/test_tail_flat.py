@@ -13,7 +13,8 @@ import emulator
 import numpy as np
 import pytest
 from kernel_models import Machine, Run, crowded_model
-from test_tail import assert_report, check, tied_model
+from sampled import assert_report
+from tail_checks import check, tied_model
 
 from minflash.sampling import Sampling, gumbel, random_bits, sample, threshold
 from minflash.tail import Extras

@@ -223,7 +223,7 @@ inline u32 ld_relaxed_gpu(const u32* p) {
   emulated::after_poll(p, v);
   return v;
 }
-inline void nanosleep(u32) { emulated::pause(); }
+inline void nanosleep(u32 ns) { (void)ns, emulated::pause(); }
 inline u32 atom_or_cta(u32* p, u32 v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
 inline u32 atom_exch_cta(u32* p, u32 v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
 inline u64 ld_relaxed_gpu(const u64* p) {
