@@ -109,7 +109,7 @@ BUGS = (
     Bug("columns: padding keeps what was there", r"= make_uint4\(0, 0, 0, 0\);(?=\n\}\n\n// Waits)", "= make_uint4(0x7fff7fff, 0, 0, 0);"),
     Bug("columns: sums of fewer groups", r"group < groups; group \+= kWarps", "group < groups - 1; group += kWarps"),
     Bug("norms: the scale is not made good", r"return v \* Norms::here<Map>\(\)\.factor\[column\];", "return v;"),
-    Bug("norms: the scale of the norm before the last", r"norms\.next\[column\] = scale \* kNextNorm;", "norms.next[column] = kNextNorm;"),
+    Bug("norms: the same scale for all norms", r"norms\.next\[column\] = scale \* kNextNorm;", "norms.next[column] = kNextNorm;"),
     Bug("norms: noted once for each panel", r"if \(first\) measure_norms", "measure_norms"),
     Bug("teams: arrivals are not reset", r"atom_inc_acq_rel_gpu\((work\.team_arrivals\(\) \+ first), W::kParts - 1\)", r"atom_add_acq_rel_gpu(\1, 1)"),
     Bug("teams: the first to arrive goes on", r"== W::kParts - 1;(?=\n  sync_consumers)", "== 0;"),
