@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,9 +168,14 @@ def test_metrics(llm: minflash.LLM) -> None:
         for _ in range(3):
             server.post(CHAT, {"messages": MESSAGES, "max_tokens": 4, "ignore_eos": True})
         server.post(CHAT, {"messages": 1})
-        status, headers, text = server.get("/metrics")
+        # The last answer may be here a moment before it is counted.
+        for _ in range(100):
+            status, headers, text = server.get("/metrics")
+            values = dict(re.findall(r"^(minflash_\S+) (\S+)$", text, re.MULTILINE))
+            if values.get("minflash_generation_seconds_count") == "3":
+                break
+            time.sleep(0.05)
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    values = dict(re.findall(r"^(minflash_\S+) (\S+)$", text, re.MULTILINE))
     assert values['minflash_requests_total{path="/v1/chat/completions",status="200"}'] == "3"
     assert values['minflash_requests_total{path="/v1/chat/completions",status="400"}'] == "1"
     assert values["minflash_generation_tokens_total"] == "12"
