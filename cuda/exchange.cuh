@@ -144,7 +144,7 @@ struct Floats {
 struct Norms {
   float factor[8], next[8];
   template <class Map>
-  static __device__ __forceinline__ Norms& here() { return *reinterpret_cast<Norms*>(Shared<Map>::scratch() + Map::kReduce + 128); }
+  static __device__ __forceinline__ Norms& here() { return *reinterpret_cast<Norms*>(Shared<Map>::norms()); }
 };
 
 // A 64th of the norm before: fp16 then holds what grows or shrinks a thousandfold in one phase.

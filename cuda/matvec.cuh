@@ -199,7 +199,7 @@ __device__ __forceinline__ bool completes_team(const StepArgs& args, int first, 
 #pragma unroll 1
   for (int i = thread_index(); i < count; i += kConsumers)
     work.team_sums()[((first + i / kOfBlock * W::kTeams) * W::kParts + part) * kOfBlock + i % kOfBlock] = WindowSums<Map>::of_warps(partials, i);
-  u32* last = reinterpret_cast<u32*>(Shared<Map>::scratch() + Map::kReduce + 192);
+  u32* last = reinterpret_cast<u32*>(Shared<Map>::team());
   sync_consumers();  // the block's sums are complete
   if (thread_index() == 0)  // publishes them, sees the others', and counts from 0 again after the last
     *last = atom_inc_acq_rel_gpu(work.team_arrivals() + first, W::kParts - 1) == W::kParts - 1;

@@ -8,14 +8,12 @@
 #include "profile.cuh"
 #include "sync.cuh"
 
-
-
 template <class Map>
 struct Ring {
   static_assert(Map::kStages % kWarps == 0, "a warp must own fixed stages, see above");
   u64 full[Map::kStages];        // completes when a copy has landed
   u64 empty[Map::kStages];       // completes when all lanes of its warp have read it; lies behind full
-  u64 columns;                   // completes when activations have landed (cuda/columns.cuh); with one column not there
+  u64 columns;                   // completes when activations have landed (cuda/columns.cuh); not used with one column
   u32 progress;                  // copies so far, times 2; odd while the producer waits for a free stage
 };
 
@@ -24,6 +22,9 @@ struct Shared {
   static __device__ __forceinline__ Ring<Map>& ring() { return *reinterpret_cast<Ring<Map>*>(dynamic_smem()); }
   static __device__ __forceinline__ u8* stage(int s) { return dynamic_smem() + Map::kStageData + s * kStageBytes; }
   static __device__ __forceinline__ u8* scratch() { return dynamic_smem() + Map::kScratch; }
+  // Behind the sums of warps, see _REDUCE_BYTES of tuning.py: 64 bytes of struct Norms, and who completes a team.
+  static __device__ __forceinline__ u8* norms() { return scratch() + Map::kReduce + 128; }
+  static __device__ __forceinline__ u8* team() { return scratch() + Map::kReduce + 192; }
 };
 
 template <class Map>
@@ -57,7 +58,7 @@ __device__ __forceinline__ void wait_parity(int barrier, u32 parity, const StepA
 }
 
 // The producer's side. All lanes of the warp call copy(); with bulk copies lane 0 does the work.
-// Issuing a copy is the pace of the whole ring, so this is short: no counters, and waits for what never
+// Issuing a copy is the pace of the whole ring, so this is short: no counters but the prefetcher's, and waits for what never
 // was started pass, as a barrier that is new takes its round -1 for complete.
 template <class Map>
 struct Producer {

@@ -115,6 +115,7 @@ __device__ void consume(const StepArgs& args) {
   }
 
   if (!args.head) return;
+  // What the next product will be dealt: a block ranks the logits that it makes.
   sampler::Choice<Map> choice(args, Deal(deal).take(tensors::head.row_blocks()));
   multiply_matrix<Map, tensors::head>(
       consumer, deal, n,

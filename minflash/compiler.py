@@ -40,7 +40,7 @@ def compile_all(
 
     Returns at once with a function for each name that waits for the code. What the cache lacks is
     compiled at the same time in processes of its own: NVRTC takes the threads of one by turns. The
-    first job, the longest, is done here: a process takes most of a second to begin.
+    first job, the longest, is done here.
     The functions raise DeviceError when NVRTC is missing.
     """
     missing = [name for name, job in jobs.items() if load_cached(*job) is None]
