@@ -129,7 +129,9 @@ __device__ void prepare(Exchange<Map>& exchange, const Plan<Map>& plan, const Un
     const int column = column_of(r), position = plan.position + column;
     if (!value) head.norm_and_turn(query ? q_norm : k_norm, [&](int d) { return Turns<Map>::at(column, d); });
     if (query) return head.each([&](int d, float v) { reinterpret_cast<u16*>(s.queries + r * kQueryStride)[d] = rounded(v); });
-    u8* block = u.row_tile == 0 ? cache + block_offset(u.kv_head, position / 16, exchange.args.max_blocks) : nullptr;
+    // A step that ends a prompt leaves what prefill wrote: the same bits, however long a prompt is.
+    const bool writes = u.row_tile == 0 && !exchange.args.resumed;
+    u8* block = writes ? cache + block_offset(u.kv_head, position / 16, exchange.args.max_blocks) : nullptr;
     head.each([&](int d, float v) {
       const u16 bits = rounded(v);
       *reinterpret_cast<u16*>(s.fresh + (value ? v_offset(column, d) : k_offset(column, d))) = bits;
@@ -158,42 +160,66 @@ struct Running {
   float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kHeadDim / 16][4] = {};
 };
 
-// One block of 16 positions. queries: [kRows][kQueryStride]; visible(row, position in block) masks.
-template <class Visible>
-__device__ __forceinline__ void attend(Running& run, const u8* block, const u8* queries, Visible visible) {
+// kBlocks blocks of 16 positions at once, of which the first `count` are there. queries: [kRows][kQueryStride];
+// visible(row, position in the blocks) masks.
+template <int kBlocks, class Visible>
+__device__ __forceinline__ void attend(Running& run, const u8* blocks, int count, const u8* queries, Visible visible) {
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
-  float score[4] = {}, odd[4] = {};
+  const auto is_there = [&](int b) { return kBlocks == 1 || b < count; };
+  float score[kBlocks][4] = {}, odd[kBlocks][4] = {};
 #pragma unroll 1
   for (int d = 0; d < kHeadDim / 32; d++) {
-    const uint4* rows = reinterpret_cast<const uint4*>(block + d * 1024);
-    const uint4 low = rows[lane], high = rows[32 + lane];
     const uint4 query = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
-    mma<kKvBf16>(score, {low.x, high.x, low.y, high.y}, query.x, query.y);
-    mma<kKvBf16>(odd, {low.z, high.z, low.w, high.w}, query.z, query.w);
+#pragma unroll
+    for (int b = 0; b < kBlocks; b++) {
+      if (!is_there(b)) break;
+      const uint4* rows = reinterpret_cast<const uint4*>(blocks + b * kBlockBytes + d * 1024);
+      const uint4 low = rows[lane], high = rows[32 + lane];
+      mma<kKvBf16>(score[b], {low.x, high.x, low.y, high.y}, query.x, query.y);
+      mma<kKvBf16>(odd[b], {low.z, high.z, low.w, high.w}, query.z, query.w);
+    }
   }
   float rescale[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++) {  // row 2 q + i; score[i] is of position g, score[2 + i] of g + 8
-    float s0 = visible(2 * q + i, g) ? (score[i] + odd[i]) * model::kScoreScale : -kInfinity;  // in powers of two
-    float s1 = visible(2 * q + i, g + 8) ? (score[2 + i] + odd[2 + i]) * model::kScoreScale : -kInfinity;
-    float top = fmaxf(s0, s1);
+  for (int i = 0; i < 2; i++) {  // row 2 q + i; score[b][i] is of position g, score[b][2 + i] of g + 8
+    float top = -kInfinity;
+#pragma unroll
+    for (int b = 0; b < kBlocks; b++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {  // in powers of two
+        float& s = score[b][2 * half + i];
+        s = is_there(b) && visible(2 * q + i, b * 16 + half * 8 + g) ? (s + odd[b][2 * half + i]) * model::kScoreScale : -kInfinity;
+        top = fmaxf(top, s);
+      }
 #pragma unroll
     for (int other = 4; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, other));
     const float maximum = fmaxf(run.maximum[i], top), base = maximum == -kInfinity ? 0.0f : maximum;
     rescale[i] = ex2_approx(run.maximum[i] - base);
     run.maximum[i] = maximum;
-    score[i] = ex2_approx(s0 - base);
-    score[2 + i] = ex2_approx(s1 - base);
-    run.sum[i] = run.sum[i] * rescale[i] + score[i] + score[2 + i];
-  }
-  const u32 b0 = movmatrix_trans(round_pair<kKvBf16>(score[0], score[1]));
-  const u32 b1 = movmatrix_trans(round_pair<kKvBf16>(score[2], score[3]));
+    run.sum[i] *= rescale[i];
 #pragma unroll
-  for (int d = 0; d < kHeadDim / 16; d++) {
-    const uint4 v = *reinterpret_cast<const uint4*>(block + kHalfBytes + d * 512 + lane * 16);
+    for (int b = 0; b < kBlocks; b++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float& s = score[b][2 * half + i];
+        s = ex2_approx(s - base);
+        run.sum[i] += s;
+      }
+  }
+#pragma unroll
+  for (int d = 0; d < kHeadDim / 16; d++)
 #pragma unroll
     for (int i = 0; i < 4; i++) run.out[d][i] *= rescale[i % 2];
-    mma<kKvBf16>(run.out[d], {v.x, v.y, v.z, v.w}, b0, b1);
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) {
+    if (!is_there(b)) break;
+    const u32 b0 = movmatrix_trans(round_pair<kKvBf16>(score[b][0], score[b][1]));
+    const u32 b1 = movmatrix_trans(round_pair<kKvBf16>(score[b][2], score[b][3]));
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; d++) {
+      const uint4 v = *reinterpret_cast<const uint4*>(blocks + b * kBlockBytes + kHalfBytes + d * 512 + lane * 16);
+      mma<kKvBf16>(run.out[d], {v.x, v.y, v.z, v.w}, b0, b1);
+    }
   }
 }
 
@@ -238,14 +264,14 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
 #pragma unroll 1
     for (int b = 0; b < smaller(kChunkBlocks, end - begin - i * kChunkBlocks); b++) {
       const int first = (begin + i * kChunkBlocks + b) * 16;
-      attend(run, data + b * kBlockBytes, s.queries, [&](int row, int offset) {
+      attend<1>(run, data + b * kBlockBytes, 1, s.queries, [&](int row, int offset) {
         const int position = first + offset;
         return position < plan.position && (!window || position > plan.position + column_of(row) - window);
       });
     }
   });
   if (thread_index() / 32 == kWarps - 1 && u.split == plan.splits - 1)
-    attend(run, s.fresh, s.queries, [&](int row, int offset) {
+    attend<1>(run, s.fresh, 1, s.queries, [&](int row, int offset) {
       const int column = column_of(row);
       return offset <= column && offset < plan.n_columns && (!window || offset > column - window);
     });

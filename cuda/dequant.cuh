@@ -56,6 +56,13 @@ __device__ __forceinline__ float sum_of_8(uint4 v) {
   return sum;
 }
 
+__device__ __forceinline__ void load_8(const float* at, float (&v)[8]) {
+  const uint4 a = ld_cg(reinterpret_cast<const uint4*>(at)), b = ld_cg(reinterpret_cast<const uint4*>(at) + 1);
+  const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] = __uint_as_float(words[i]);
+}
+
 // Eight consecutive columns of one row, dequantized: the embedding's look-up.
 template <Matrix m>
 __device__ __forceinline__ void dequantize_8(const u8* weights, int row, int col, float (&out)[8]) {

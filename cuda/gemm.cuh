@@ -6,8 +6,10 @@
 namespace gemm {
 // What one warp knows of its part of a tile of Y: of its tiles of 16 columns, its row blocks, their halves of 8
 // rows: rows 2 q and 2 q + 1 of column g, then of column g + 8.
-constexpr int kWarpTiles = kWarpColumns / 16;
-using Sums = float[kWarpTiles][kWarpBlocks][2][4];
+template <int kTiles, int kBlocks>
+using Sums = float[kTiles][kBlocks][2][4];
+template <Shape s>
+using WarpSums = Sums<s.warp_columns() / 16, s.warp_blocks()>;
 
 // A lane's weights of a slice of one row block: 8 consecutive columns of rows g and g + 8, as pairs.
 struct Weights { uint4 low, high; };
@@ -33,21 +35,21 @@ __device__ __forceinline__ Weights load_weights(const u8* tile, int slice) {
 
 // sums += one slice of 32 columns of the warp's row blocks times tiles of 16 columns of X, which are the rows of
 // the mma: a lane's weights lie in registers as they were loaded, and no move is needed. x: this lane's.
-template <Matrix m, int kTiles>
-__device__ __forceinline__ void multiply_slice(float (&sums)[kTiles][kWarpBlocks][2][4], const u8* tile, int slice, const u8* x) {
-  Weights w[kWarpBlocks];
+template <Matrix m, int kBlockBytes, int kTiles, int kBlocks>
+__device__ __forceinline__ void multiply_slice(Sums<kTiles, kBlocks>& sums, const u8* tile, int slice, const u8* x) {
+  Weights w[kBlocks];
 #pragma unroll
-  for (int b = 0; b < kWarpBlocks; b++) w[b] = load_weights<m>(tile + b * Stage<m>::kBlockBytes, slice);
+  for (int b = 0; b < kBlocks; b++) w[b] = load_weights<m>(tile + b * kBlockBytes, slice);
 #pragma unroll
   for (int t = 0; t < kTiles; t++) {
     const uint4 v = *reinterpret_cast<const uint4*>(x + t * 1024), u = *reinterpret_cast<const uint4*>(x + t * 1024 + 512);
 #pragma unroll
-    for (int b = 0; b < kWarpBlocks; b++) {
+    for (int b = 0; b < kBlocks; b++) {
       mma<m.bf16()>(sums[t][b][0], {v.x, v.y, v.z, v.w}, w[b].low.x, w[b].low.y);
       mma<m.bf16()>(sums[t][b][1], {v.x, v.y, v.z, v.w}, w[b].high.x, w[b].high.y);
     }
 #pragma unroll
-    for (int b = 0; b < kWarpBlocks; b++) {
+    for (int b = 0; b < kBlocks; b++) {
       mma<m.bf16()>(sums[t][b][0], {u.x, u.y, u.z, u.w}, w[b].low.z, w[b].low.w);
       mma<m.bf16()>(sums[t][b][1], {u.x, u.y, u.z, u.w}, w[b].high.z, w[b].high.w);
     }
@@ -84,36 +86,36 @@ __device__ __forceinline__ Scales load_scales(const u8* tile, int group) {
 
 // sums += one group of columns, scaled; some of the warp's columns of X at a time, for want of registers.
 // x: this lane's of the group's first slice; x_sums: of column g.
-template <Matrix m>
-__device__ __forceinline__ void multiply_group(Sums& sums, const u8* tile, int group, const u8* x, const float* x_sums) {
-  constexpr int kParts = 2, kTiles = kWarpTiles / kParts;
+template <Matrix m, Shape s>
+__device__ __forceinline__ void multiply_group(WarpSums<s>& sums, const u8* tile, int group, const u8* x, const float* x_sums) {
+  constexpr int kAll = s.warp_columns() / 16, kTiles = smaller(kAll, 2), kBlocks = s.warp_blocks(), kBlockBytes = Stage<m, s>::kBlockBytes;
 #pragma unroll
-  for (int p = 0; p < kParts; p++) {
-    float part[kTiles][kWarpBlocks][2][4] = {};
+  for (int first = 0; first < kAll; first += kTiles) {
+    Sums<kTiles, kBlocks> part = {};
 #pragma unroll 2
-    for (int s = 0; s < m.group / 32; s++)
-      multiply_slice<m>(part, tile, group * (m.group / 32) + s, x + s * kColumns * 64 + p * kTiles * 1024);
+    for (int i = 0; i < m.group / 32; i++)
+      multiply_slice<m, kBlockBytes>(part, tile, group * (m.group / 32) + i, x + i * s.columns * 64 + first * 1024);
 #pragma unroll
-    for (int b = 0; b < kWarpBlocks; b++) {
-      const Scales s = load_scales<m>(tile + b * Stage<m>::kBlockBytes, group);
+    for (int b = 0; b < kBlocks; b++) {
+      const Scales scales = load_scales<m>(tile + b * kBlockBytes, group);
 #pragma unroll
       for (int i = 0; i < kTiles * 8; i++) {
         const int t = i / 8, half = i / 4 % 2, c = i % 4;
-        float& to = sums[p * kTiles + t][b][half][c];
-        to += s.scale[half][c % 2] * part[t][b][half][c];
-        if constexpr (m.has_sums()) to += s.bias[half][c % 2] * x_sums[(p * kTiles + t) * 16 + c / 2 * 8];
+        float& to = sums[first + t][b][half][c];
+        to += scales.scale[half][c % 2] * part[t][b][half][c];
+        if constexpr (m.has_sums()) to += scales.bias[half][c % 2] * x_sums[(first + t) * 16 + c / 2 * 8];
       }
     }
   }
 }
 
 // sums += the first tiles of a stage.
-template <Matrix m>
-__device__ __forceinline__ void multiply_stage(Sums& sums, const u8* stage, int tiles) {
-  using S = Stage<m>;
+template <Matrix m, Shape s>
+__device__ __forceinline__ void multiply_stage(WarpSums<s>& sums, const u8* stage, int tiles) {
+  using S = Stage<m, s>;
   constexpr int kSlices = m.tile_cols() / 32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp / kWarpsDown * kWarpColumns;
-  const u8* weights = stage + warp % kWarpsDown * kWarpBlocks * S::kBlockBytes;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp / s.warps_down * s.warp_columns();
+  const u8* weights = stage + warp % s.warps_down * s.warp_blocks() * S::kBlockBytes;
   const u8* x = stage + S::kX + column * 64 + lane * 16;
   const float* x_sums = reinterpret_cast<const float*>(stage + S::kSums) + column + lane / 4;
 #pragma unroll
@@ -121,44 +123,44 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, const u8* stage, int 
     if (m.tiles() % S::kTiles && t >= tiles) break;
     const u8* tile = weights + t * m.tile_bytes();
     if constexpr (m.group == 0) {
-      multiply_slice<m>(sums, tile, 0, x + t * kColumns * 64);
+      multiply_slice<m, S::kBlockBytes>(sums, tile, 0, x + t * s.columns * 64);
     } else {
 #pragma unroll
       for (int group = 0; group < m.tile_cols() / m.group; group++)
-        multiply_group<m>(sums, tile, group, x + (t * kSlices + group * m.group / 32) * kColumns * 64,
-                          x_sums + (t * S::kTileGroups + group) * kColumns);
+        multiply_group<m, s>(sums, tile, group, x + (t * kSlices + group * m.group / 32) * s.columns * 64,
+                             x_sums + (t * S::kTileGroups + group) * s.columns);
     }
   }
 }
 
-// A block's steps, tile after tile. Neighbouring blocks have tiles that share their weights.
-struct Steps {
-  int column_tiles, tile = blockIdx.x, step = 0, row_tile, column_tile;
-  __device__ __forceinline__ explicit Steps(int column_tiles) : column_tiles(column_tiles) { place(); }
-  __device__ __forceinline__ void next(int steps_of_a_tile) {
-    if (++step < steps_of_a_tile) return;
-    step = 0, tile += kGrid;
-    place();
+// The first weights of this block's tile of few columns into L2, where blocks are about to wait for each other.
+template <bool kFew, Matrix m>
+__device__ __forceinline__ void bring(const u8* weights) {
+  if constexpr (kFew) {
+    constexpr Shape s = shape<kFew, m>();
+    constexpr int kLines = smaller(m.row_block_bytes(), 65536 / s.row_blocks) / 128;  // of a row block
+    const int first = blockIdx.x * s.row_blocks, blocks = smaller(s.row_blocks, m.row_blocks() - first);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < blocks * kLines; i += kConsumers) prefetch_l2(weights + (u64)(first + i / kLines) * m.row_block_bytes() + i % kLines * 128);
   }
-
- private:
-  __device__ __forceinline__ void place() { row_tile = tile / column_tiles, column_tile = tile - row_tile * column_tiles; }
-};
+}
 
 // All tiles of Y. use(row, column, low, high) receives rows row, row + 1 and row + 8, row + 9 of column `column`
 // < n_columns; row is even.
-template <Matrix m, class Use>
+template <bool kFew, Matrix m, class Use>
 __device__ void multiply(const u8* weights, const Operand<m>& x, int n_columns, Use use) {
-  using S = Stage<m>;
-  const int column_tiles = ceil_div(n_columns, kColumns), tiles = ceil_div(m.row_blocks(), kRowBlocks) * column_tiles;
+  constexpr Shape s = shape<kFew, m>();
+  using S = Stage<m, s>;
+  constexpr int kBlocks = s.warp_blocks();
+  const int column_tiles = ceil_div(n_columns, s.columns), tiles = ceil_div(m.row_blocks(), s.row_blocks) * column_tiles;
   const int mine = int(blockIdx.x) < tiles ? (tiles - 1 - int(blockIdx.x)) / kGrid + 1 : 0;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  Steps loading(column_tiles), at(column_tiles);
-  Sums sums = {};
+  Place loading(column_tiles), at(column_tiles);
+  WarpSums<s> sums = {};
   const auto finish = [&](int row_block, int first_column) {
 #pragma unroll
-    for (int i = 0; i < kWarpTiles * kWarpBlocks * 2; i++) {
-      const int t = i / (2 * kWarpBlocks), b = i / 2 % kWarpBlocks, c = i % 2 * 2, column = first_column + t * 16 + i % 2 * 8 + g;
+    for (int i = 0; i < s.warp_columns() / 8 * kBlocks; i++) {
+      const int t = i / (2 * kBlocks), b = i / 2 % kBlocks, c = i % 2 * 2, column = first_column + t * 16 + i % 2 * 8 + g;
       float(&low)[4] = sums[t][b][0], (&high)[4] = sums[t][b][1];
       if (row_block + b < m.row_blocks() && column < n_columns)
         use((row_block + b) * 16 + 2 * q, column, make_float2(low[c], low[c + 1]), make_float2(high[c], high[c + 1]));
@@ -168,14 +170,14 @@ __device__ void multiply(const u8* weights, const Operand<m>& x, int n_columns, 
   pipeline<S::kStages, S::kBytes>(
       dynamic_smem(), mine * S::kSteps,
       [&](u8* stage, int) {
-        load_stage<m>(stage, weights, x, loading.row_tile, loading.column_tile, loading.step);
+        load_stage<m, s>(stage, weights, x, loading, n_columns);
         loading.next(S::kSteps);
       },
       [&](const u8* stage, int) {
-        const int row_block = at.row_tile * kRowBlocks + warp % kWarpsDown * kWarpBlocks;
-        const int first_column = at.column_tile * kColumns + warp / kWarpsDown * kWarpColumns;
+        const int row_block = at.row_tile * s.row_blocks + warp % s.warps_down * kBlocks;
+        const int first_column = at.column_tile * s.columns + warp / s.warps_down * s.warp_columns();
         if (row_block < m.row_blocks() && first_column < n_columns) {
-          multiply_stage<m>(sums, stage, smaller(S::kTiles, m.tiles() - at.step * S::kTiles));
+          multiply_stage<m, s>(sums, stage, smaller(S::kTiles, m.tiles() - at.step * S::kTiles));
           if (at.step + 1 == S::kSteps) finish(row_block, first_column);
         }
         at.next(S::kSteps);

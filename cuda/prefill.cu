@@ -5,14 +5,11 @@
 
 namespace prompt {
 
-// Eight values of a column: read, rounded, summed, and summed over the lanes of a group.
-__device__ __forceinline__ void load_8(const float* at, float (&v)[8]) {
-  const uint4 a = ld_cg(reinterpret_cast<const uint4*>(at)), b = ld_cg(reinterpret_cast<const uint4*>(at) + 1);
-  const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-  for (int i = 0; i < 8; i++) v[i] = __uint_as_float(words[i]);
+// Eight values of a column: rounded, summed, and summed over the lanes of a group.
+__device__ __forceinline__ void read_8(const float* from, int k8, float (&v)[8]) {
+  const float4 a = ld_nc(reinterpret_cast<const float4*>(from) + 2 * k8), b = ld_nc(reinterpret_cast<const float4*>(from) + 2 * k8 + 1);
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
-
 template <bool kBf16>
 __device__ __forceinline__ uint4 round_8(const float (&v)[8]) {
   return make_uint4(round_pair<kBf16>(v[0], v[1]), round_pair<kBf16>(v[2], v[3]), round_pair<kBf16>(v[4], v[5]), round_pair<kBf16>(v[6], v[7]));
@@ -36,39 +33,61 @@ __device__ __forceinline__ void put(const gemm::Operand<m>& x, int column, int k
   }
 }
 
-// RMSNorm(residual) * weight, rounded for m: a warp for each column. read(column, k8, v) yields eight values.
-template <Matrix m, class Read>
-__device__ void norm(const float* weight, const gemm::Operand<m>& x, int n_columns, Read read) {
-  const int lane = threadIdx.x % 32;
+// A thread has the same elements of the residual here and in norm(): no barrier is needed between them.
+__device__ void embed(const u8* weights, const int* tokens, float* residual, int n_columns) {
 #pragma unroll 1
-  for (int column = threadIdx.x / 32 * kGrid + blockIdx.x; column < n_columns; column += kGrid * kWarps) {
-    float squares = 0;
-#pragma unroll 4
-    for (int k8 = lane; k8 < model::kDim / 8; k8 += 32) {
+  for (int column = blockIdx.x; column < n_columns; column += kGrid)
+#pragma unroll 1
+    for (int k8 = threadIdx.x; k8 < model::kDim / 8; k8 += kConsumers) {
       float v[8];
-      read(column, k8, v);
-#pragma unroll
-      for (int i = 0; i < 8; i++) squares += v[i] * v[i];
+      dequantize_8<tensors::embed>(weights, tokens[column], k8 * 8, v);
+      float4* at = reinterpret_cast<float4*>(residual + (u64)column * model::kDim + k8 * 8);
+      at[0] = make_float4(v[0], v[1], v[2], v[3]);
+      at[1] = make_float4(v[4], v[5], v[6], v[7]);
     }
-    const float scale = rsqrtf(warp_sum(squares) / model::kDim + model::kNormEps);
-#pragma unroll 2
-    for (int k8 = lane; k8 - lane < m.padded_cols() / 8; k8 += 32) {
-      float v[8] = {};
-      if (k8 < model::kDim / 8) {
-        read(column, k8, v);
-        const float4 a = ld_nc(reinterpret_cast<const float4*>(weight) + 2 * k8), b = ld_nc(reinterpret_cast<const float4*>(weight) + 2 * k8 + 1);
-        const float w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+}
+
+// Phases that are short take no registers from the products: they are not inlined.
+
+// RMSNorm(residual) * weight, rounded for m: a block for each column.
+template <Matrix m>
+__device__ __noinline__ void norm(const float* weight, const float* residual, gemm::Operand<m> x, int n_columns) {
+  constexpr int kRounds = ceil_div(m.padded_cols() / 8, kConsumers);
+  float* warps = reinterpret_cast<float*>(dynamic_smem());  // [kWarps]
+#pragma unroll 1
+  for (int column = blockIdx.x; column < n_columns; column += kGrid) {
+    float v[kRounds][8] = {}, w[kRounds][8], squares = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] *= scale * w[i];
-      }
-      put<m>(x, column, k8, round_8<m.bf16()>(v));
+    for (int i = 0; i < kRounds; i++) {
+      const int k8 = i * kConsumers + threadIdx.x;
+      if (k8 >= model::kDim / 8) continue;
+      load_8(residual + (u64)column * model::kDim + k8 * 8, v[i]);
+      read_8(weight, k8, w[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kRounds * 8; i++) squares += v[i / 8][i % 8] * v[i / 8][i % 8];
+    squares = warp_sum(squares);
+    sync_consumers();  // nobody reads the sums of the column before
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = squares;
+    sync_consumers();  // publishes the warps' sums
+    squares = 0;
+    for (int i = 0; i < kWarps; i++) squares += warps[i];
+    const float scale = rsqrtf(squares / model::kDim + model::kNormEps);
+#pragma unroll
+    for (int i = 0; i < kRounds; i++) {
+      const int k8 = i * kConsumers + threadIdx.x;
+      if (k8 < model::kDim / 8)
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[i][j] *= scale * w[i][j];
+      put<m>(x, column, k8, round_8<m.bf16()>(v[i]));
     }
   }
+  sync_consumers();  // the sums may be overwritten
 }
 
 // Sums over groups of columns that other phases left behind.
 template <Matrix m>
-__device__ void sum_groups(const gemm::Operand<m>& x, int n_columns) {
+__device__ __noinline__ void sum_groups(gemm::Operand<m> x, int n_columns) {
   constexpr int kGroups = gemm::Operand<m>::kGroups;
 #pragma unroll 1
   for (int i = blockIdx.x * kConsumers + threadIdx.x; i < n_columns * kGroups; i += kGrid * kConsumers) {
@@ -82,6 +101,8 @@ __device__ void sum_groups(const gemm::Operand<m>& x, int n_columns) {
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
+// kFew: for at most gemm::kFewColumns tokens.
+template <bool kFew>
 __device__ void read_chunk(const StepArgs& args) {
   const PrefillWorkspace work(args);
   const gemm::Operand<tensors::wqkv> attention_input{work.x(), work.x_sums()};
@@ -91,13 +112,6 @@ __device__ void read_chunk(const StepArgs& args) {
   GridBarrier grid(args);
   const int n = args.n_columns;
 
-  const auto residual = [&](int column, int k8, float (&v)[8]) { load_8(work.residual() + (u64)column * model::kDim + k8 * 8, v); };
-  const auto embedding = [&](int column, int k8, float (&v)[8]) {  // and into the residual
-    dequantize_8<tensors::embed>(args.weights + tensors::embed.offset, work.tokens()[column], k8 * 8, v);
-    float4* at = reinterpret_cast<float4*>(work.residual() + (u64)column * model::kDim + k8 * 8);
-    at[0] = make_float4(v[0], v[1], v[2], v[3]);
-    at[1] = make_float4(v[4], v[5], v[6], v[7]);
-  };
   const auto biased = [](const float* bias, int row, float2 v) { return bias ? make_float2(v.x + bias[row], v.y + bias[row + 1]) : v; };
   const auto add_to_residual = [&](const float* bias, int column, int row, float2 v) {  // nobody else adds to it
     float* at = work.residual() + (u64)column * model::kDim + row;
@@ -105,18 +119,19 @@ __device__ void read_chunk(const StepArgs& args) {
     red_add(at, v.x);
     red_add(at + 1, v.y);
   };
+
+  embed(args.weights + tensors::embed.offset, work.tokens(), work.residual(), n);
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
     const auto vector = [&](u64 offset) { return offset == tensors::kAbsent ? nullptr : reinterpret_cast<const float*>(weights + offset); };
     u8* cache = args.kv_cache + layer * args.kv_layer_bytes;
 
-    if (layer == 0) norm(vector(tensors::attn_norm), attention_input, n, embedding);
-    else norm(vector(tensors::attn_norm), attention_input, n, residual);
+    norm(vector(tensors::attn_norm), work.residual(), attention_input, n);
     grid.sync();  // publishes the normed residual
 
     const float* wqkv_bias = vector(tensors::wqkv_bias);
-    gemm::multiply(weights + tensors::wqkv.offset, attention_input, n, [&](int row, int column, float2 low, float2 high) {
+    gemm::multiply<kFew>(weights + tensors::wqkv.offset, attention_input, n, [&](int row, int column, float2 low, float2 high) {
       float* at = work.qkv() + (u64)column * tensors::wqkv.rows + row;
       *reinterpret_cast<float2*>(at) = biased(wqkv_bias, row, low);
       *reinterpret_cast<float2*>(at + 8) = biased(wqkv_bias, row + 8, high);
@@ -127,6 +142,7 @@ __device__ void read_chunk(const StepArgs& args) {
     if (layer + 1 == model::kLayers) return;
     grid.sync();  // publishes the chunk's keys and values
 
+    gemm::bring<kFew, tensors::wo>(weights + tensors::wo.offset);
     attend_prompt(args, model::window(layer), work.qkv(), vector(tensors::q_norm), cache, attended);
     grid.sync();  // publishes the heads' outputs
     if constexpr (tensors::wo.has_sums()) {
@@ -135,20 +151,22 @@ __device__ void read_chunk(const StepArgs& args) {
     }
 
     const float* wo_bias = vector(tensors::wo_bias);
-    gemm::multiply(weights + tensors::wo.offset, attended, n, [&](int row, int column, float2 low, float2 high) {
+    gemm::multiply<kFew>(weights + tensors::wo.offset, attended, n, [&](int row, int column, float2 low, float2 high) {
       add_to_residual(wo_bias, column, row, low);
       add_to_residual(wo_bias, column, row + 8, high);
     });
+    gemm::bring<kFew, tensors::w_gate_up>(weights + tensors::w_gate_up.offset);
     grid.sync();  // publishes the residual with attention added
 
-    norm(vector(tensors::ffn_norm), ffn_input, n, residual);
+    norm(vector(tensors::ffn_norm), work.residual(), ffn_input, n);
     grid.sync();  // publishes the normed residual
 
     const float* w_gate_up_bias = vector(tensors::w_gate_up_bias);
-    gemm::multiply(weights + tensors::w_gate_up.offset, ffn_input, n, [&](int row, int column, float2 gate, float2 up) {
+    gemm::multiply<kFew>(weights + tensors::w_gate_up.offset, ffn_input, n, [&](int row, int column, float2 gate, float2 up) {
       gate = biased(w_gate_up_bias, row, gate), up = biased(w_gate_up_bias, row + 8, up);
       *hidden.pair(column, row / 16 * 8 + row % 8) = round_pair<tensors::w_down.bf16()>(silu(gate.x) * up.x, silu(gate.y) * up.y);
     });
+    gemm::bring<kFew, tensors::w_down>(weights + tensors::w_down.offset);
     grid.sync();  // publishes SwiGLU's result
     if constexpr (tensors::w_down.has_sums()) {
       sum_groups(hidden, n);
@@ -156,13 +174,19 @@ __device__ void read_chunk(const StepArgs& args) {
     }
 
     const float* w_down_bias = vector(tensors::w_down_bias);
-    gemm::multiply(weights + tensors::w_down.offset, hidden, n, [&](int row, int column, float2 low, float2 high) {
+    gemm::multiply<kFew>(weights + tensors::w_down.offset, hidden, n, [&](int row, int column, float2 low, float2 high) {
       add_to_residual(w_down_bias, column, row, low);
       add_to_residual(w_down_bias, column, row + 8, high);
     });
+    gemm::bring<kFew, tensors::wqkv>(weights + tensors::kLayerBytes + tensors::wqkv.offset);
     grid.sync();  // publishes the layer's output
   }
 }
 }  // namespace prompt
 
-extern "C" __global__ void __launch_bounds__(kConsumers, 1) prefill(const __grid_constant__ StepArgs args) { prompt::read_chunk(args); }
+#ifndef ONLY_PREFILL_FEW
+extern "C" __global__ void __launch_bounds__(kConsumers, 1) prefill(const __grid_constant__ StepArgs args) { prompt::read_chunk<false>(args); }
+#endif
+#ifndef ONLY_PREFILL
+extern "C" __global__ void __launch_bounds__(kConsumers, 1) prefill_few(const __grid_constant__ StepArgs args) { prompt::read_chunk<true>(args); }
+#endif

@@ -10,9 +10,9 @@ using attention::kHeadDim;
 
 constexpr int kUnitRows = kWarps * attention::kRows;
 constexpr int kQueryBytes = kUnitRows * attention::kQueryStride;
-constexpr int kBlocks = attention::kBlockBytes > 8192 ? 1 : 16384 / attention::kBlockBytes;  // of positions, of a stage
-constexpr int kStages = 4;
-static_assert(kQueryBytes + kStages * kBlocks * attention::kBlockBytes <= kSharedBytes, "queries and stages must fit into shared memory");
+constexpr int kBlocks = 4;  // of positions: of a stage, and what a warp attends to at once
+constexpr int kStages = smaller(4, (kSharedBytes - kQueryBytes) / (kBlocks * attention::kBlockBytes));
+static_assert(kStages >= 2, "queries and two stages must fit into shared memory");
 
 // Norm and rotation of one head's row of fp32 values in global memory by one warp.
 __device__ __forceinline__ attention::Head turned_row(const float* row, const float* norm_weight, const StepArgs& args, int position) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ attention::Head turned_row(const float* row, const fl
 }
 
 // Keys, normed and rotated, and values of the chunk into the cache: a warp for each position of a KV head.
-__device__ void fill_cache(const StepArgs& args, const float* qkv, const float* k_norm, u8* cache) {
+__device__ __noinline__ void fill_cache(const StepArgs& args, const float* qkv, const float* k_norm, u8* cache) {
   constexpr int kRowWidth = (model::kHeads + 2 * model::kKvHeads) * kHeadDim;
 #pragma unroll 1
   for (int i = threadIdx.x / 32 * kGrid + blockIdx.x; i < args.n_columns * model::kKvHeads; i += kGrid * kWarps) {
@@ -57,7 +57,7 @@ __device__ void load_queries(const StepArgs& args, const float* qkv, const float
 
 // All units, those with the longest past first. out: what m multiplies with.
 template <Matrix m>
-__device__ void attend_prompt(const StepArgs& args, int window, const float* qkv, const float* q_norm, const u8* cache, const gemm::Operand<m>& out) {
+__device__ __noinline__ void attend_prompt(const StepArgs& args, int window, const float* qkv, const float* q_norm, const u8* cache, gemm::Operand<m> out) {
   const int all_rows = kGroup * args.n_columns, row_tiles = ceil_div(all_rows, kUnitRows);
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll 1
@@ -65,7 +65,8 @@ __device__ void attend_prompt(const StepArgs& args, int window, const float* qkv
     const int kv_head = unit % model::kKvHeads, unit_row = (row_tiles - 1 - unit / model::kKvHeads) * kUnitRows;
     const int first = unit_row + threadIdx.x / 32 * attention::kRows, rows = smaller(attention::kRows, all_rows - first);
     const auto position_of = [&](int row) { return args.position + row / kGroup; };
-    const int oldest = window ? position_of(unit_row) - window + 1 : 0, begin = oldest > 0 ? oldest / 16 : 0;
+    // Stages begin at multiples of kBlocks wherever a unit does, so that a row's sums have the same order in all units.
+    const int oldest = window ? position_of(unit_row) - window + 1 : 0, begin = oldest > 0 ? oldest / 16 / kBlocks * kBlocks : 0;
     const int end = position_of(smaller(unit_row + kUnitRows, all_rows) - 1) / 16 + 1;
     const int last = position_of(first + rows - 1);
     load_queries(args, qkv, q_norm, kv_head, first, rows);
@@ -78,15 +79,12 @@ __device__ void attend_prompt(const StepArgs& args, int window, const float* qkv
                                                        smaller(kBlocks, end - block) * attention::kBlockBytes);
         },
         [&](const u8* stage, int i) {
-#pragma unroll 1
-          for (int b = 0; b < kBlocks; b++) {
-            const int from = (begin + i * kBlocks + b) * 16;
-            if (rows <= 0 || from > last) break;
-            attention::attend(run, stage + b * attention::kBlockBytes, queries_of_warp(), [&](int row, int offset) {
-              const int position = from + offset, own = position_of(first + row);
-              return position <= own && (!window || position > own - window);
-            });
-          }
+          const int from = (begin + i * kBlocks) * 16;
+          if (rows <= 0 || from > last) return;
+          attention::attend<kBlocks>(run, stage, smaller(kBlocks, (last - from) / 16 + 1), queries_of_warp(), [&](int row, int offset) {
+            const int position = from + offset, own = position_of(first + row);
+            return position <= own && (!window || position > own - window);
+          });
         });
 #pragma unroll
     for (int i = 0; i < 2; i++) {

@@ -7,6 +7,9 @@
 
 namespace {
 
+// A step that ends a prompt goes on where prefill left off.
+__device__ __forceinline__ int first_layer(const StepArgs& args) { return args.resumed ? model::kLayers - 1 : 0; }
+
 // All that the step reads from device memory in large pieces, in the order in which it is consumed.
 template <class Map, class To>
 __device__ void stream(const StepArgs& args) {
@@ -14,7 +17,7 @@ __device__ void stream(const StepArgs& args) {
   To to(args);
   Deal deal;
 #pragma unroll 1
-  for (int layer = 0; layer < model::kLayers; layer++) {
+  for (int layer = first_layer(args); layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
     const attention::Plan<Map> plan(args.n_columns, args.position, model::window(layer));
     stream_matrix<Map, tensors::wqkv>(to, deal, weights + tensors::wqkv.offset);
@@ -43,6 +46,7 @@ __device__ void consume(const StepArgs& args) {
   const auto hidden = [&] { return Halves<Map, model::kHiddenDim>{work.hidden(), work.hidden_words(), 4}; };
 
   const auto embedding = [&](int column, int k8, float (&v)[8]) {
+    if (args.resumed) return load_8(args.resumed + (u64)column * model::kDim + k8 * 8, v);
     const int token = args.tokens[column] >= 0 ? args.tokens[column] : (int)ld_cg(work.next_token());
     dequantize_8<tensors::embed>(args.weights + tensors::embed.offset, token, k8 * 8, v);
   };
@@ -54,12 +58,12 @@ __device__ void consume(const StepArgs& args) {
     return Reader{reinterpret_cast<const float*>(args.weights + at), layer < model::kLayers ? tensors::wqkv.bf16() : tensors::head.bf16()};
   };
 
-  reader_of(0).bring();
+  reader_of(first_layer(args)).bring();
   attention::Turns<Map>::keep(args);
-  embed(exchange, residual(), n, reader_of(0), embedding);
+  embed(exchange, residual(), n, reader_of(first_layer(args)), embedding);
   exchange.next();  // publishes the embedding
 #pragma unroll 1
-  for (int layer = 0; layer < model::kLayers; layer++) {
+  for (int layer = first_layer(args); layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
     const auto vector = [&](u64 offset) { return offset == tensors::kAbsent ? nullptr : reinterpret_cast<const float*>(weights + offset); };
     const float* wqkv_bias = vector(tensors::wqkv_bias);

@@ -1,32 +1,52 @@
-// How Y = W X is cut for many columns of X: tiles of Y of 128 rows by 128 columns a block, whose weights and
-// columns pass through stages of shared memory, which all threads fill with cp.async.
+// How Y = W X is cut for many columns of X: tiles of Y a block, whose weights and columns pass through stages of
+// shared memory, which all threads fill with cp.async.
 #pragma once
 #include "tensor.cuh"
 #include "sync.cuh"
 
 namespace gemm {
-constexpr int kColumns = 128;                                // of a tile of Y
-constexpr int kRowBlocks = 8;                                // of 16 rows: of a tile of Y
-constexpr int kWarpBlocks = 2;                               // row blocks of a warp
-constexpr int kWarpsDown = kRowBlocks / kWarpBlocks;         // warps that share their columns
-constexpr int kWarpColumns = kColumns * kWarpsDown / kWarps;
-static_assert(kWarps % kWarpsDown == 0 && kWarpColumns % 32 == 0, "warps must tile 128 rows by 128 columns");
+// A tile of Y, and of it a warp's part. However Y is cut, an element's sum has the same order.
+struct Shape {
+  int row_blocks, columns;  // row blocks of 16 rows
+  int warps_down;           // warps that share their columns
+  __device__ constexpr int warp_blocks() const { return row_blocks / warps_down; }
+  __device__ constexpr int warp_columns() const { return columns * warps_down / kWarps; }
+};
+
+constexpr int kOperandColumns = 128;  // of a tile of X in device memory
+constexpr Shape kWide{8, kOperandColumns, 4};
+static_assert(kWarps % kWide.warps_down == 0 && kWide.warp_columns() % 32 == 0, "warps must tile 128 rows by 128 columns");
+
+// For few columns the rows are dealt to all blocks, so that all of them read weights.
+constexpr int kFewColumns = 64;
+template <bool kFew, Matrix m>
+__device__ constexpr Shape shape() {
+  if (!kFew) return kWide;
+  constexpr int kDown = kWarps * 16 / kFewColumns;  // a warp has 16 columns
+  Shape best{};
+  int least = 0;
+  for (int blocks = kDown; blocks <= 4 * kDown; blocks *= 2) {
+    const int rounds = ceil_div(ceil_div(m.row_blocks(), blocks), kGrid);
+    const int cost = rounds * (blocks * 16 + kFewColumns / 2);  // what tiles read: weights, and columns from L2
+    if (least == 0 || cost < least) least = cost, best = {blocks, kFewColumns, kDown};
+  }
+  return best;
+}
 
 // The columns that m is multiplied with, in the order of stages and of fragments, so that a lane reads the four
-// words of an mma's operand at once: [tile of kColumns][slice of 32 rows][kColumns / 16][step of 4 rows][lane]
-// [pair of rows][half of 8 columns][2], 16-bit. For integer weights also their sums over groups: [tile of kColumns]
-// [group][kColumns].
+// words of an mma's operand at once: [tile][slice of 32 rows][16 columns][step of 4 rows][lane][pair of rows]
+// [half of 8 columns][2], 16-bit. For integer weights also their sums over groups: [tile][group][column].
 template <Matrix m>
 struct Operand {
   static constexpr int kSlices = m.padded_cols() / 32;
   static constexpr int kGroups = m.has_sums() ? m.padded_cols() / m.group : 0;
-  static constexpr int kTileBytes = kSlices * kColumns * 64;
+  static constexpr int kTileBytes = kSlices * kOperandColumns * 64;
   u8* x;
   float* sums;
   // Rows k and k + 1 of a column: k is even.
   __device__ __forceinline__ u32* pair(int column, int k) const {
-    const int lane = column % 8 * 4 + k % 32 / 8, in_tile = column % kColumns;
-    return reinterpret_cast<u32*>(x + (u64)(column / kColumns) * kTileBytes + k / 32 * kColumns * 64 + in_tile / 16 * 1024 + k % 8 / 4 * 512 +
+    const int lane = column % 8 * 4 + k % 32 / 8, in_tile = column % kOperandColumns;
+    return reinterpret_cast<u32*>(x + (u64)(column / kOperandColumns) * kTileBytes + k / 32 * kOperandColumns * 64 + in_tile / 16 * 1024 + k % 8 / 4 * 512 +
                                   lane * 16 + k % 4 / 2 * 8 + in_tile % 16 / 8 * 4);
   }
   __device__ __forceinline__ u16* element(int column, int k) const { return reinterpret_cast<u16*>(pair(column, k & ~1)) + k % 2; }
@@ -39,21 +59,22 @@ struct Operand {
     return make_uint4(ld_cg(from), ld_cg(from + 2), ld_cg(from + 128), ld_cg(from + 130));
   }
   __device__ __forceinline__ float* sum(int column, int group) const {
-    return sums + (u64)(column / kColumns * kGroups + group) * kColumns + column % kColumns;
+    return sums + (u64)(column / kOperandColumns * kGroups + group) * kOperandColumns + column % kOperandColumns;
   }
 };
 
 // One step along the rows of X, in shared memory: weights [row block][tile], columns as in Operand, sums.
-template <Matrix m>
+template <Matrix m, Shape s>
 struct Stage {
-  static constexpr int kTiles = m.tile_cols() < 64 ? 64 / m.tile_cols() : 1;
+  static constexpr int kCols = s.columns == kFewColumns ? 128 : 64;  // about as many of m
+  static constexpr int kTiles = m.tile_cols() < kCols ? kCols / m.tile_cols() : 1;
   static constexpr int kBlockBytes = kTiles * m.tile_bytes();
-  static constexpr int kX = kRowBlocks * kBlockBytes;  // offsets
-  static constexpr int kSums = kX + kTiles * m.tile_cols() * kColumns * 2;
+  static constexpr int kX = s.row_blocks * kBlockBytes;  // offsets
+  static constexpr int kSums = kX + kTiles * m.tile_cols() * s.columns * 2;
   static constexpr int kTileGroups = m.has_sums() ? m.tile_cols() / m.group : 0;
-  static constexpr int kBytes = kSums + kTiles * kTileGroups * kColumns * 4;
+  static constexpr int kBytes = kSums + kTiles * kTileGroups * s.columns * 4;
   static constexpr int kSteps = ceil_div(m.tiles(), kTiles);  // of a tile of Y
-  static constexpr int kStages = smaller(4, kSharedBytes / kBytes);
+  static constexpr int kStages = smaller(s.columns == kFewColumns ? 8 : 4, kSharedBytes / kBytes);
   static_assert(kStages >= 2, "copying and computing need a stage each");
 };
 
@@ -90,29 +111,61 @@ __device__ __forceinline__ void pipeline(u8* memory, int count, Load load, Use u
   sync_consumers();  // all stages may be overwritten
 }
 
-template <Matrix m>
-__device__ __forceinline__ void load_stage(u8* stage, const u8* weights, const Operand<m>& x, int row_tile, int column_tile, int step) {
-  using S = Stage<m>;
+// Where a block is on its way through its tiles. Neighbouring blocks have tiles that share their weights.
+struct Place {
+  int column_tiles, tile = blockIdx.x, step = 0, row_tile, column_tile;
+  __device__ __forceinline__ explicit Place(int column_tiles) : column_tiles(column_tiles) { find(); }
+  __device__ __forceinline__ void next(int steps_of_a_tile) {
+    if (++step < steps_of_a_tile) return;
+    step = 0, tile += kGrid;
+    find();
+  }
+
+ private:
+  __device__ __forceinline__ void find() { row_tile = tile / column_tiles, column_tile = tile - row_tile * column_tiles; }
+};
+
+// Of the first `runs` of kRuns runs of kMost bytes, kStride bytes apart, `bytes` each: a multiple of 16. By all threads.
+template <int kRuns, int kMost, int kStride>
+__device__ __forceinline__ void copy_runs(u8* to, const u8* from, int runs, int bytes) {
+  const int thread = thread_index();
+#pragma unroll
+  for (int i = 0; i < ceil_div(kRuns * kMost, kConsumers * 16); i++) {
+    const int at = (i * kConsumers + thread) * 16, run = at / kMost, in_run = at % kMost;
+    if (at < runs * kMost && in_run < bytes) cp_async_16(to + at, from + run * kStride + in_run);
+  }
+}
+
+// What is not there is computed with and dropped: rows past the last one, columns from n_columns on. Of few columns
+// only those that are there are copied.
+template <Matrix m, Shape s>
+__device__ __forceinline__ void load_stage(u8* stage, const u8* weights, const Operand<m>& x, const Place& place, int n_columns) {
+  const int thread = thread_index();
+  using S = Stage<m, s>;
   using O = Operand<m>;
-  constexpr bool kWholeSteps = m.tiles() % S::kTiles == 0, kWholeTiles = m.row_blocks() % kRowBlocks == 0;
-  const int first = step * S::kTiles, tiles = kWholeSteps ? S::kTiles : smaller(S::kTiles, m.tiles() - first);
-  constexpr int kVectors = S::kBlockBytes / 16, kCopies = kRowBlocks * kVectors;
-  const u8* from = weights + (u64)row_tile * (kRowBlocks * m.row_block_bytes()) + first * m.tile_bytes();
-  u8* to = stage + threadIdx.x * 16;
+  constexpr bool kWholeSteps = m.tiles() % S::kTiles == 0, kWholeTiles = m.row_blocks() % s.row_blocks == 0;
+  const int first = place.step * S::kTiles, tiles = kWholeSteps ? S::kTiles : smaller(S::kTiles, m.tiles() - first);
+  constexpr int kVectors = S::kBlockBytes / 16, kCopies = s.row_blocks * kVectors;
+  const u8* from = weights + (u64)place.row_tile * (s.row_blocks * m.row_block_bytes()) + first * m.tile_bytes();
+  u8* to = stage + thread * 16;
   constexpr bool kEven = kConsumers % kVectors == 0;  // a thread's copies are whole row blocks apart
-  if (kEven) from += threadIdx.x / kVectors * m.row_block_bytes() + threadIdx.x % kVectors * 16;
+  if (kEven) from += thread / kVectors * m.row_block_bytes() + thread % kVectors * 16;
 #pragma unroll
   for (int i = 0; i < ceil_div(kCopies, kConsumers); i++) {
-    const int at = i * kConsumers + threadIdx.x, block = at / kVectors, vector = at % kVectors;
+    const int at = i * kConsumers + thread, block = at / kVectors, vector = at % kVectors;
     if ((kCopies % kConsumers == 0 || at < kCopies) && (kWholeSteps || vector < tiles * m.tile_bytes() / 16) &&
-        (kWholeTiles || row_tile * kRowBlocks + block < m.row_blocks()))  // what is not there is computed with and dropped
+        (kWholeTiles || place.row_tile * s.row_blocks + block < m.row_blocks()))
       cp_async_16(to + i * kConsumers * 16,
                   from + (kEven ? i * (kConsumers / kVectors) * m.row_block_bytes() : block * m.row_block_bytes() + vector * 16));
   }
-  constexpr int kTileX = m.tile_cols() * kColumns * 2, kTileSums = S::kTileGroups * kColumns * 4;
-  copy<S::kTiles * kTileX>(stage + S::kX, x.x + (u64)column_tile * O::kTileBytes + first * kTileX, tiles * kTileX);
+  const int columns = s.columns == kFewColumns ? (n_columns + 15) / 16 * 16 : s.columns;
+  constexpr int kSlices = S::kTiles * m.tile_cols() / 32, kGroups = S::kTiles * S::kTileGroups;
+  const int slices = kWholeSteps ? kSlices : tiles * (m.tile_cols() / 32), groups = kWholeSteps ? kGroups : tiles * S::kTileGroups;
+  const u8* tile = x.x + (u64)place.column_tile * O::kTileBytes;
+  copy_runs<kSlices, s.columns * 64, kOperandColumns * 64>(stage + S::kX, tile + first * (m.tile_cols() / 32) * kOperandColumns * 64, slices, columns * 64);
   if constexpr (m.has_sums())
-    copy<S::kTiles * kTileSums>(stage + S::kSums, reinterpret_cast<const u8*>(x.sums + column_tile * O::kGroups * kColumns) + first * kTileSums,
-                                tiles * kTileSums);
+    copy_runs<kGroups, s.columns * 4, kOperandColumns * 4>(
+        stage + S::kSums, reinterpret_cast<const u8*>(x.sums + (place.column_tile * O::kGroups + first * S::kTileGroups) * kOperandColumns), groups,
+        columns * 4);
 }
 }  // namespace gemm

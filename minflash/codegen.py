@@ -33,7 +33,7 @@ from .workspace import (
 )
 
 KERNELS = ("step_one", "step_many")
-PREFILL = "prefill"  # the kernel that reads the front part of long prompts
+PREFILLS = ("prefill", "prefill_few")  # kernels that read prompts: the second up to FEW_TOKENS
 TAIL_BARRIERS = 2  # of a step that ranks the vocabulary, beside the layers'
 ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD = 1, 2, 3  # what was waited for in vain
 _ALIGN = 256  # bytes, of every tensor on the device
@@ -55,6 +55,7 @@ def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
         ("kv_layer_bytes", "u64"), ("watchdog_ns", "u64"), ("seed", "u64"),
         ("top_p", "double"),
         ("report", "u8*"),  # host memory: struct Report of cuda/sampler.cuh
+        ("resumed", "float*"),  # what prefill left of the token before the last layer; null: none
         ("rope_turns", "u64", (head_dim // 2,)),  # one position's advance, in 2^-64 turns
         ("rope_scale", "float"), ("temperature", "float"), ("min_p", "float"),
         ("repetition", "float"), ("presence", "float"), ("frequency", "float"),
@@ -78,8 +79,8 @@ def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
 
 
 _NUMPY_TYPES = {
-    "u8*": "u8", "u64*": "u8", "u32*": "u8", "u64": "u8", "double": "f8", "float": "f4",
-    "int": "i4", "u32": "u4",
+    "u8*": "u8", "float*": "u8", "u64*": "u8", "u32*": "u8", "u64": "u8", "double": "f8",
+    "float": "f4", "int": "i4", "u32": "u4",
 }  # fmt: skip
 
 
@@ -111,17 +112,17 @@ class Program:
     tail_barriers: int = TAIL_BARRIERS  # more where a step ranks the vocabulary
 
     def source_of(self, kernel: str) -> str:
-        return self.prefill_source if kernel == PREFILL else self.source
+        return self.prefill_source if kernel in PREFILLS else self.source
 
     def barriers_of(self, kernel: str, *, ranks: bool = False) -> int:
         """Grid barriers of one launch; a step for one token has none but its tail's."""
-        layers = {"step_one": 0, "step_many": self.barriers, PREFILL: self.prefill_barriers}
-        return layers[kernel] + self.tail_barriers * ranks
+        layers = {"step_one": 0, "step_many": self.barriers}
+        return layers.get(kernel, self.prefill_barriers) + self.tail_barriers * ranks
 
     def launch_shape(self, kernel: str) -> tuple[int, int]:
         """Threads and bytes of shared memory of a block."""
         consumers = 32 * self.tuning.warps
-        if kernel == PREFILL:
+        if kernel in PREFILLS:
             return consumers, self.tuning.shared_bytes
         return self.tuning.threads, self.maps[kernel].total_bytes
 

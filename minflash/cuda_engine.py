@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 LARGEST_CARD = DeviceFacts(compute_capability=90, multiprocessors=132, shared_bytes=232448)
 AHEAD = 4  # steps launched before the token of the one before them is read
 QUEUED_CHUNKS = 8  # steps of a prompt that are launched before the host looks up
-LEAST_PREFILL = 24  # tokens before a prompt's last ones that are worth a launch of their own
+LEAST_PREFILL = 17  # tokens of a prompt that are not read by steps: those of three steps
 
 
 def model_problem(checkpoint: Checkpoint) -> str | None:
@@ -259,19 +259,23 @@ class CudaEngine:
             self._model = None
 
     def _read_prompt(self, prompt: Sequence[int], cancelled: Cancelled, **last: Any) -> int | None:
-        """Launches the steps that read the prompt, from where the cache does not hold it.
+        """Launches what reads the prompt, from where the cache does not hold it.
 
-        last: options of the last of them, which chooses a token. Returns its ticket, or None when
-        cancelled.
+        last: options of the step at its end, which chooses a token. Returns its ticket, or None
+        when cancelled. The kernels depend on the prompt alone, and not on what the cache holds, so
+        that asking the same prompt again gives the same bits.
         """
-        ticket, front = 0, self._front(prompt)
-        # In the pieces of a fresh start, which costs no step more: asking the same prompt again
-        # then gives the same bits. Within the front any pieces give the same bits.
-        self.reused = self._kept.shared(prompt) // MANY_COLUMNS * MANY_COLUMNS
-        rest = self._read_front(prompt, self.reused, front, cancelled)
-        if rest is None:
-            return None
-        for number, begin in enumerate(range(rest, len(prompt), MANY_COLUMNS), start=1):
+        shared = self._kept.shared(prompt)
+        if len(prompt) >= LEAST_PREFILL and self._open_model().prefill_tokens:
+            return self._prefill(prompt, shared, cancelled, last)
+        return self._read_in_steps(prompt, shared, cancelled, last)
+
+    def _read_in_steps(
+        self, prompt: Sequence[int], shared: int, cancelled: Cancelled, last: dict[str, Any]
+    ) -> int | None:
+        ticket = 0
+        self.reused = shared // MANY_COLUMNS * MANY_COLUMNS  # the pieces of a fresh start
+        for number, begin in enumerate(range(self.reused, len(prompt), MANY_COLUMNS), start=1):
             part = prompt[begin : begin + MANY_COLUMNS]
             options = last if begin + len(part) == len(prompt) else {"head": False}
             ticket = self._step(part, begin, length=len(prompt), **options)
@@ -281,33 +285,23 @@ class CudaEngine:
                 return None
         return ticket
 
-    def _front(self, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt are read without a head: all but the last 1 to 8, or none.
-
-        It depends on the prompt alone, and not on what the cache holds: see _read_prompt.
-        """
-        front = (len(prompt) - 1) // MANY_COLUMNS * MANY_COLUMNS
-        return front if front >= LEAST_PREFILL and self._open_model().prefill_tokens else 0
-
-    def _read_front(
-        self, prompt: Sequence[int], begin: int, front: int, cancelled: Cancelled
+    def _prefill(
+        self, prompt: Sequence[int], shared: int, cancelled: Cancelled, last: dict[str, Any]
     ) -> int | None:
-        """Reads ``prompt[begin:front]``, many tokens a launch.
-
-        Returns where the steps go on, or None when cancelled.
-        """
-        model = self._open_model()
-        while begin < front:
-            part = prompt[begin : min(front, begin + model.prefill_tokens)]
+        """Many tokens a launch, in any pieces the same bits; a step ends the last token."""
+        model, end = self._open_model(), len(prompt) - 1
+        self.reused = begin = shared
+        while begin <= end:
+            part = prompt[begin : begin + model.prefill_tokens]
             self._kept.cut(begin)
             model.prefill(part, begin, length=len(prompt))
-            self._note(part, len(prompt))
+            self._note(prompt[begin : min(begin + len(part), end)], len(prompt))
             begin += len(part)
-            if begin < front:
+            if begin <= end:
                 model.wait()  # so that there is something to cancel
             if cancelled():
                 return None
-        return begin
+        return self._step(prompt[end:], end, length=len(prompt), resumes=True, **last)
 
     def _step(self, tokens: Sequence[int], position: int, **options: Any) -> int:
         """Launches a step, and keeps the books of what the cache holds."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .codegen import PREFILL, Program
+from .codegen import PREFILLS, Program
 from .compiler import OPTIONS, architecture, compile_all
 from .errors import DeviceError
 from .probe import cuda_problem
@@ -64,7 +64,7 @@ class Kernels(Mapping[str, "Launch"]):
         self._device, self._program = device, program
         self._code = compile_all({
             name: (program.source_of(name), (*OPTIONS, arch, f"-DONLY_{name.upper()}"))
-            for name in (*program.maps, PREFILL)
+            for name in (*program.maps, *PREFILLS)
         })  # fmt: skip
 
     def __getitem__(self, name: str) -> Launch:

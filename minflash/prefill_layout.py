@@ -8,7 +8,8 @@ from .config import ModelConfig
 from .packing import Layout
 from .tuning import Tuning
 
-PREFILL_TILE = 128  # tokens of one tile of a product, as kColumns of cuda/tiles.cuh
+PREFILL_TILE = 128  # tokens of one tile of a product, as kOperandColumns of cuda/tiles.cuh
+FEW_TOKENS = 64  # that prefill_few reads, as kFewColumns there
 _PHASES_PER_LAYER = 8  # a matrix whose columns' sums are needed has one more
 
 
@@ -35,6 +36,14 @@ def prefill_token_bytes(config: ModelConfig, layouts: Mapping[str, Layout]) -> d
         "x_sums": 4 * sums(*inputs), "attended_sums": 4 * sums("wo"),
         "hidden_sums": 4 * sums("w_down"),
     }  # fmt: skip
+
+
+def prefill_residual(begin: int, tokens: int, dim: int, token: int) -> int:
+    """Where the workspace holds a token's residual before the last layer: float32 [dim].
+
+    begin: of the part that ``prefill_struct`` describes; tokens: that it has room for.
+    """
+    return begin + 4 * tokens + 4 * dim * token
 
 
 def _sum_groups(layout: Layout) -> int:

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rope
-from .codegen import ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD, PREFILL, generate
+from .codegen import ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD, PREFILLS, generate
 from .config import ModelConfig
 from .device import Device
 from .errors import ContextError, DeviceError
 from .gpu_memory import cache_block_bytes, cache_blocks, cache_bytes, gpu_context
 from .packing import Layout
+from .prefill_layout import FEW_TOKENS, prefill_residual
 from .sampling import Sampling
 from .tail import PLAIN, REPORT, Extras, read_report
 from .tensors import expected_tensors
@@ -93,6 +94,7 @@ class StepModel:
         self._phases = 1  # zero is what words hold at first
         self._launching = False
         self._rope_length = 0
+        self._prefilled = (0, 0)  # position and number of the tokens that prefill read last
 
     def _allocate(self, watchdog_ns: int) -> None:
         """The arenas, and all launch arguments that stay."""
@@ -125,12 +127,15 @@ class StepModel:
         logits: bool = False,
         sampling: Sampling = GREEDY,
         extras: Extras = PLAIN,
+        resumes: bool = False,
     ) -> int:
         """Launches one step and returns its ticket; does not wait.
 
         tokens: 1 to 8 token ids at ``position`` and after it, or [CHAINED]. length: of the sequence
         that RoPE is for (default: up to the last token). head: compute logits and choose a token.
-        logits: keep the logits of all columns. extras: of choosing the token.
+        logits: keep the logits of all columns. extras: of choosing the token. resumes: the token is
+        the last one of the ``prefill`` just before, of which only the last layer and the head are
+        left to do.
         Raises ContextError past the end of the cache.
         """
         n = len(tokens)
@@ -141,6 +146,7 @@ class StepModel:
         args = self._args
         args["tokens"][:n] = tokens
         args["head"], args["logits"] = head, logits
+        args["resumed"] = self._residual_of(position) if resumes else 0
         self._set_sampling(sampling)
         self._set_extras(extras)
         slot = self._ticket % _MAILBOX_SLOTS
@@ -162,7 +168,17 @@ class StepModel:
         self._begin(position, n, length)
         place = self._workspace + self.program.workspace["prefill"]
         self.device.upload(place, np.array(tokens, np.int32))
-        self._run(PREFILL)
+        self._prefilled = position, n
+        self._run(PREFILLS[n <= FEW_TOKENS])
+
+    def _residual_of(self, position: int) -> int:
+        """Address of what the last ``prefill`` left of a token before the last layer."""
+        begin, n = self._prefilled
+        column, place = position - begin, self.program.workspace["prefill"]
+        if not 0 <= column < n:
+            raise AssertionError(f"position {position} is not of the last prefill: {begin}, {n}")
+        offset = prefill_residual(place, self.prefill_tokens, self.config.dim, column)
+        return self._workspace + offset
 
     @property
     def prefill_tokens(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from emulator import EmulatedModule, Order
 from numpy.typing import NDArray
 
-from minflash.codegen import PREFILL, Program
+from minflash.codegen import PREFILLS, Program
 from minflash.config import ModelConfig, RopeConfig
 from minflash.device import CudaDevice, Device
 from minflash.numeric import bf16_to_fp32, fp32_to_bf16
@@ -185,7 +185,7 @@ class EmulatedDevice:
 
             return launch
 
-        return {name: launcher(name) for name in (*program.maps, PREFILL)}
+        return {name: launcher(name) for name in (*program.maps, *PREFILLS)}
 
     def synchronize(self) -> None: ...
 

@@ -14,7 +14,7 @@ import pytest
 from emulator import EmulatedModule, EmulatorError
 from kernel_models import RandomModel, model_config
 
-from minflash.codegen import PREFILL, Program, generate, join_sources
+from minflash.codegen import PREFILLS, Program, generate, join_sources
 from minflash.errors import DeviceError
 from minflash.resources import resource_dir
 from minflash.tuning import DeviceFacts, Tuning, choose
@@ -176,7 +176,7 @@ def test_one_program_holds_all_kernels() -> None:
         re.findall(r'extern "C" __global__ void __launch_bounds__\(.*?\) (\w+)\(', source)
         for source in (generated.source, generated.prefill_source)
     )
-    assert set(steps) == set(generated.maps) and prefill == [PREFILL]
+    assert set(steps) == set(generated.maps) and tuple(prefill) == PREFILLS
 
 
 def test_the_context_changes_the_workspace_and_no_source() -> None:

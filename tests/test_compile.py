@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from minflash.codegen import KERNELS, PREFILL, generate
+from minflash.codegen import KERNELS, PREFILLS, generate
 from minflash.compiler import OPTIONS, architecture
 from minflash.shapes import shape_config, shape_layouts
 from minflash.tuning import DeviceFacts, choose
@@ -61,7 +61,7 @@ BUILDS = [
     pytest.param(Build(*what, kernel), marks=marks, id="-".join(map(str, (*what, kernel))))
     for builds, marks in ((CHOSEN, []), (OTHERS, SLOW))
     for what in builds
-    for kernel in (*KERNELS, PREFILL)
+    for kernel in (*KERNELS, *PREFILLS)
 ]
 
 

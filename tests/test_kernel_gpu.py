@@ -56,7 +56,7 @@ def test_all_multiprocessors(machine: Machine, type: str, group: int) -> None:
     tokens = random_tokens(model.config, 40)
     step = machine.open(model, ALL, max_context=128)
     logits = feed(step, tokens, (1, 8, 2, 7))
-    assert step.device.local_bytes == {"step_one": 0, "step_many": 0, "prefill": 0}  # type: ignore[attr-defined]
+    assert set(step.device.local_bytes.values()) == {0}  # type: ignore[attr-defined]
     assert_within_bound(logits, *references(model, tokens))
 
 

@@ -1,4 +1,4 @@
-"""The engine over the kernel that reads long prompts: when it is used, what stays the same."""
+"""The engine over the kernels that read prompts: when they are used, what stays the same."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def last_logits(engine: CudaEngine, prompt: list[int]) -> np.ndarray:
     return seen[0]
 
 
-@pytest.mark.parametrize("n", [23, 24, 25, 32, 33, 61])
+@pytest.mark.parametrize("n", [15, 16, 17, 24, 25, 61])
 def test_tokens_are_those_of_the_cpu(model: RandomModel, make: Any, n: int) -> None:
     engine, _ = make(model)
     expected = list(CpuEngine(cast(Checkpoint, model), CONTEXT).tokens(PROMPT[:n], GREEDY, 6))
@@ -77,28 +77,31 @@ def test_tokens_are_those_of_the_cpu(model: RandomModel, make: Any, n: int) -> N
     engine.close()
 
 
-def test_the_front_of_a_long_prompt_is_one_launch(model: RandomModel) -> None:
+def test_a_prompt_is_one_launch_and_the_step_that_ends_it(model: RandomModel) -> None:
     engine, device = open_engine(model)
     positions: list[tuple[int, int]] = []
     device.before_launch = lambda args: positions.append(
         (int(args["position"]), int(args["n_columns"]))
     )
     list(engine.tokens(PROMPT, GREEDY, 1))
-    assert device.launches == ["prefill", "step_many"] and positions == [(0, 56), (56, 5)]
+    assert device.launches == ["prefill_few", "step_one"] and positions == [(0, 61), (60, 1)]
     engine.reset()
-    list(engine.tokens(PROMPT[: LEAST_PREFILL + 1], GREEDY, 1))
-    assert device.launches[2:] == ["prefill", "step_one"] and positions[2:] == [(0, 24), (24, 1)]
+    list(engine.tokens(LONG[:65], GREEDY, 1))
+    assert device.launches[2:] == ["prefill", "step_one"] and positions[2:] == [(0, 65), (64, 1)]
     engine.reset()
     list(engine.tokens(PROMPT[:LEAST_PREFILL], GREEDY, 1))
-    assert device.launches[4:] == ["step_many"] * 3
+    assert device.launches[4:] == ["prefill_few", "step_one"]
+    engine.reset()
+    list(engine.tokens(PROMPT[: LEAST_PREFILL - 1], GREEDY, 1))
+    assert device.launches[6:] == ["step_many"] * 2
     engine.close()
 
 
-def test_a_front_longer_than_the_workspace_takes_several(model: RandomModel) -> None:
+def test_a_prompt_longer_than_the_workspace_takes_several(model: RandomModel) -> None:
     engine, device = open_engine(model, prefill_tokens=128)
     whole, _ = open_engine(model)
     cut = last_logits(engine, LONG)
-    assert device.launches == ["prefill"] * 3 + ["step_many"]
+    assert device.launches == ["prefill", "prefill", "prefill_few", "step_one"]
     np.testing.assert_array_equal(cut, last_logits(whole, LONG))
     none, device = open_engine(model, prefill_tokens=1)
     list(none.tokens(PROMPT, GREEDY, 1))
@@ -114,14 +117,15 @@ def test_the_same_prompt_gives_the_same_bits(model: RandomModel, make: Any) -> N
     first = last_logits(engine, PROMPT)
     assert_within_bound(first, exact[-1], rounded[-1])
     np.testing.assert_array_equal(last_logits(engine, PROMPT), first)
-    assert engine.reused == 56
+    assert engine.reused == 60
     for shared in (1, 8, 30, 40, 55, 60):
-        for length in (shared + 1, 61, 120):
+        for length in (shared, shared + 1, 61, 120):
             other = [*PROMPT[:shared], *LONG[: length - shared]]
             engine.reset()
             list(engine.tokens(other, GREEDY, 3))
             again = last_logits(engine, PROMPT)
-            if engine.reused <= (len(other) - 1) // 8 * 8 >= LEAST_PREFILL:
+            assert engine.reused >= shared
+            if len(other) >= LEAST_PREFILL:
                 np.testing.assert_array_equal(again, first)
             else:  # a part was read by steps: the same numbers in another order
                 assert_within_bound(again, exact[-1], rounded[-1])
@@ -135,8 +139,8 @@ def test_only_what_is_new_is_read(model: RandomModel) -> None:
     device.before_launch = lambda args: begins.append(int(args["position"]))
     longer = [*PROMPT, *LONG[:40]]
     list(engine.tokens(longer, GREEDY, 1))
-    assert (engine.reused, begins) == (56, [56, 96])
-    assert device.launches[2:] == ["prefill", "step_many"]
+    assert (engine.reused, begins) == (61, [61, 100])
+    assert device.launches[2:] == ["prefill_few", "step_one"]
     engine.close()
 
 
@@ -194,6 +198,6 @@ def test_logits_of_all_positions_and_a_long_prompt(model: RandomModel) -> None:
     engine, _ = open_engine(model)
     expected = engine.logits(PROMPT)
     assert list(engine.tokens(PROMPT, GREEDY, 1)) == [int(expected[-1].argmax())]
-    assert engine.reused == 56
+    assert engine.reused == 60
     np.testing.assert_array_equal(engine.logits(PROMPT), expected)
     engine.close()

@@ -17,6 +17,7 @@ from small_model import write_source
 import minflash
 from minflash.checkpoint import Checkpoint
 from minflash.config import RopeConfig
+from minflash.cuda_engine import LEAST_PREFILL
 from minflash.engine import CpuEngine, Engine
 from minflash.errors import CheckpointError, ContextError, MinflashError
 from minflash.kept import KeptTokens
@@ -55,8 +56,9 @@ def forwarded(engine: Engine, prompt: list[int], count: int = 1) -> tuple[list[i
 
 
 def part(engine: Engine, shared: int, prompt: list[int]) -> int:
-    """Tokens of a prompt that are read: on the GPU from the step on that holds the first."""
-    return len(prompt) - (shared if engine.device == "cpu" else shared // 8 * 8)
+    """Tokens of a prompt that are read: of a short one on the GPU whole steps."""
+    in_steps = engine.device == "cuda" and len(prompt) < LEAST_PREFILL
+    return len(prompt) - (shared // 8 * 8 if in_steps else shared)
 
 
 def test_only_what_differs_is_read(engine: Engine, model: RandomModel) -> None:

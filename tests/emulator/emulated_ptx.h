@@ -276,7 +276,7 @@ inline uint2 ld_cg(const uint2* p) { return *p; }
 inline float2 ld_cg(const float2* p) { return *p; }
 
 inline float4 ld_nc(const float4* p) { return *p; }
-inline void prefetch_l2(const void* p) { (void)p; }
+inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile u8*>(p); }  // so that sanitizers see a wrong address
 inline float2 ld_nc(const float2* p) { return *p; }
 inline u8* anew(u8* p) { return p; }
 inline u32 thread_index() { return threadIdx.x; }
