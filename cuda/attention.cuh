@@ -160,10 +160,28 @@ struct Running {
   float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kHeadDim / 16][4] = {};
 };
 
-// kBlocks blocks of 16 positions at once, of which the first `count` are there. queries: [kRows][kQueryStride];
-// visible(row, position in the blocks) masks.
-template <int kBlocks, class Visible>
-__device__ __forceinline__ void attend(Running& run, const u8* blocks, int count, const u8* queries, Visible visible) {
+// The positions that this lane's query rows 2 q and 2 q + 1 see: after `before`, up to `last`. Both are counted from
+// the same position as what they are compared with.
+struct Seen {
+  int before[2], last[2];
+  // position_of(row): the row's own.
+  template <class PositionOf>
+  static __device__ __forceinline__ Seen of(PositionOf position_of, int last, int window) {
+    Seen seen;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int own = position_of(thread_index() % 4 * 2 + i);
+      seen.before[i] = window ? own - window : -1, seen.last[i] = smaller(own, last);
+    }
+    return seen;
+  }
+  __device__ __forceinline__ bool operator()(int i, int position) const { return (position > before[i]) & (position <= last[i]); }
+};
+
+// kBlocks blocks of 16 positions from `first` on at once, of which `count` are there: of the others K is computed
+// with and dropped. queries: [kRows][kQueryStride].
+template <int kBlocks>
+__device__ __forceinline__ void attend(Running& run, const u8* blocks, int count, const u8* queries, int first, const Seen& seen) {
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
   const auto is_there = [&](int b) { return kBlocks == 1 || b < count; };
   float score[kBlocks][4] = {}, odd[kBlocks][4] = {};
@@ -172,7 +190,6 @@ __device__ __forceinline__ void attend(Running& run, const u8* blocks, int count
     const uint4 query = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
 #pragma unroll
     for (int b = 0; b < kBlocks; b++) {
-      if (!is_there(b)) break;
       const uint4* rows = reinterpret_cast<const uint4*>(blocks + b * kBlockBytes + d * 1024);
       const uint4 low = rows[lane], high = rows[32 + lane];
       mma<kKvBf16>(score[b], {low.x, high.x, low.y, high.y}, query.x, query.y);
@@ -188,7 +205,7 @@ __device__ __forceinline__ void attend(Running& run, const u8* blocks, int count
 #pragma unroll
       for (int half = 0; half < 2; half++) {  // in powers of two
         float& s = score[b][2 * half + i];
-        s = is_there(b) && visible(2 * q + i, b * 16 + half * 8 + g) ? (s + odd[b][2 * half + i]) * model::kScoreScale : -kInfinity;
+        s = is_there(b) & seen(i, first + b * 16 + half * 8 + g) ? (s + odd[b][2 * half + i]) * model::kScoreScale : -kInfinity;
         top = fmaxf(top, s);
       }
 #pragma unroll
@@ -259,22 +276,17 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
   const Scratch<Map> s = Scratch<Map>::here();
   Running run;
   const auto column_of = [&](int row) { return (u.row_tile * kRows + row) / kGroup; };
+  const Seen past = Seen::of([&](int row) { return plan.position + column_of(row); }, plan.position - 1, window);
   const int begin = plan.split_begin(u.split), end = plan.split_begin(u.split + 1);
   consumer.take(ceil_div(end - begin, kChunkBlocks), [&](int i, const u8* data) {
 #pragma unroll 1
     for (int b = 0; b < smaller(kChunkBlocks, end - begin - i * kChunkBlocks); b++) {
       const int first = (begin + i * kChunkBlocks + b) * 16;
-      attend<1>(run, data + b * kBlockBytes, 1, s.queries, [&](int row, int offset) {
-        const int position = first + offset;
-        return position < plan.position && (!window || position > plan.position + column_of(row) - window);
-      });
+      attend<1>(run, data + b * kBlockBytes, 1, s.queries, first, past);
     }
   });
   if (thread_index() / 32 == kWarps - 1 && u.split == plan.splits - 1)
-    attend<1>(run, s.fresh, 1, s.queries, [&](int row, int offset) {
-      const int column = column_of(row);
-      return offset <= column && offset < plan.n_columns && (!window || offset > column - window);
-    });
+    attend<1>(run, s.fresh, 1, s.queries, 0, Seen::of(column_of, plan.n_columns - 1, window));
   const int slot = thread_index() / 32 % Map::kSlots, turn = thread_index() / 32 / Map::kSlots;
 #pragma unroll 1
   for (int round = 0; round < kWarps / Map::kSlots; round++) {

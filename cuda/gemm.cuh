@@ -118,7 +118,7 @@ __device__ __forceinline__ void multiply_stage(WarpSums<s>& sums, const u8* stag
   const u8* weights = stage + warp % s.warps_down * s.warp_blocks() * S::kBlockBytes;
   const u8* x = stage + S::kX + column * 64 + lane * 16;
   const float* x_sums = reinterpret_cast<const float*>(stage + S::kSums) + column + lane / 4;
-#pragma unroll
+#pragma unroll(m.group ? 1 : S::kTiles)
   for (int t = 0; t < S::kTiles; t++) {
     if (m.tiles() % S::kTiles && t >= tiles) break;
     const u8* tile = weights + t * m.tile_bytes();
@@ -130,18 +130,6 @@ __device__ __forceinline__ void multiply_stage(WarpSums<s>& sums, const u8* stag
         multiply_group<m, s>(sums, tile, group, x + (t * kSlices + group * m.group / 32) * s.columns * 64,
                              x_sums + (t * S::kTileGroups + group) * s.columns);
     }
-  }
-}
-
-// The first weights of this block's tile of few columns into L2, where blocks are about to wait for each other.
-template <bool kFew, Matrix m>
-__device__ __forceinline__ void bring(const u8* weights) {
-  if constexpr (kFew) {
-    constexpr Shape s = shape<kFew, m>();
-    constexpr int kLines = smaller(m.row_block_bytes(), 65536 / s.row_blocks) / 128;  // of a row block
-    const int first = blockIdx.x * s.row_blocks, blocks = smaller(s.row_blocks, m.row_blocks() - first);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < blocks * kLines; i += kConsumers) prefetch_l2(weights + (u64)(first + i / kLines) * m.row_block_bytes() + i % kLines * 128);
   }
 }
 

@@ -6,10 +6,6 @@
 namespace prompt {
 
 // Eight values of a column: rounded, summed, and summed over the lanes of a group.
-__device__ __forceinline__ void read_8(const float* from, int k8, float (&v)[8]) {
-  const float4 a = ld_nc(reinterpret_cast<const float4*>(from) + 2 * k8), b = ld_nc(reinterpret_cast<const float4*>(from) + 2 * k8 + 1);
-  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
 template <bool kBf16>
 __device__ __forceinline__ uint4 round_8(const float (&v)[8]) {
   return make_uint4(round_pair<kBf16>(v[0], v[1]), round_pair<kBf16>(v[2], v[3]), round_pair<kBf16>(v[4], v[5]), round_pair<kBf16>(v[6], v[7]));
@@ -33,12 +29,15 @@ __device__ __forceinline__ void put(const gemm::Operand<m>& x, int column, int k
   }
 }
 
-// A thread has the same elements of the residual here and in norm(): no barrier is needed between them.
+// The first of a warp's columns, which are kGrid * kWarps apart.
+__device__ __forceinline__ int first_column() { return threadIdx.x / 32 * kGrid + blockIdx.x; }
+
+// A lane has the same elements of the residual here and in norm(): no barrier is needed between them.
 __device__ void embed(const u8* weights, const int* tokens, float* residual, int n_columns) {
 #pragma unroll 1
-  for (int column = blockIdx.x; column < n_columns; column += kGrid)
+  for (int column = first_column(); column < n_columns; column += kGrid * kWarps)
 #pragma unroll 1
-    for (int k8 = threadIdx.x; k8 < model::kDim / 8; k8 += kConsumers) {
+    for (int k8 = threadIdx.x % 32; k8 < model::kDim / 8; k8 += 32) {
       float v[8];
       dequantize_8<tensors::embed>(weights, tokens[column], k8 * 8, v);
       float4* at = reinterpret_cast<float4*>(residual + (u64)column * model::kDim + k8 * 8);
@@ -49,40 +48,47 @@ __device__ void embed(const u8* weights, const int* tokens, float* residual, int
 
 // Phases that are short take no registers from the products: they are not inlined.
 
-// RMSNorm(residual) * weight, rounded for m: a block for each column.
+// RMSNorm(residual) * weight, rounded for m: a warp for each column, which keeps what fits into registers.
 template <Matrix m>
 __device__ __noinline__ void norm(const float* weight, const float* residual, gemm::Operand<m> x, int n_columns) {
-  constexpr int kRounds = ceil_div(m.padded_cols() / 8, kConsumers);
-  float* warps = reinterpret_cast<float*>(dynamic_smem());  // [kWarps]
+  constexpr int kEnd = model::kDim / 8, kRounds = ceil_div(m.padded_cols() / 8, 32), kBatch = smaller(kRounds, 16), kWeights = 4;
+  const int lane = threadIdx.x % 32;
+  float v[kBatch][8], w[kWeights][8];
+  const auto read = [&](const float* from, int round, float (&v)[8]) {
+    const int k8 = round * 32 + lane;
+    if (k8 < kEnd) return load_8(from + k8 * 8, v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = 0;
+  };
+  const auto read_batch = [&](const float* from, int round) {  // all on their way before the first is needed
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) read(from, round + i, v[i]);
+  };
 #pragma unroll 1
-  for (int column = blockIdx.x; column < n_columns; column += kGrid) {
-    float v[kRounds][8] = {}, w[kRounds][8], squares = 0;
+  for (int column = first_column(); column < n_columns; column += kGrid * kWarps) {
+    const float* from = residual + (u64)column * model::kDim;
+    float squares = 0;
+#pragma unroll 1
+    for (int round = 0; round < kRounds; round += kBatch) {
+      read_batch(from, round);
 #pragma unroll
-    for (int i = 0; i < kRounds; i++) {
-      const int k8 = i * kConsumers + threadIdx.x;
-      if (k8 >= model::kDim / 8) continue;
-      load_8(residual + (u64)column * model::kDim + k8 * 8, v[i]);
-      read_8(weight, k8, w[i]);
+      for (int i = 0; i < kBatch * 8; i++) squares += v[i / 8][i % 8] * v[i / 8][i % 8];
     }
+    const float scale = rsqrtf(warp_sum(squares) / model::kDim + model::kNormEps);
+#pragma unroll 1
+    for (int round = 0; round < kRounds; round += kBatch) {
+      if (kRounds > kBatch) read_batch(from, round);
 #pragma unroll
-    for (int i = 0; i < kRounds * 8; i++) squares += v[i / 8][i % 8] * v[i / 8][i % 8];
-    squares = warp_sum(squares);
-    sync_consumers();  // nobody reads the sums of the column before
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = squares;
-    sync_consumers();  // publishes the warps' sums
-    squares = 0;
-    for (int i = 0; i < kWarps; i++) squares += warps[i];
-    const float scale = rsqrtf(squares / model::kDim + model::kNormEps);
+      for (int i = 0; i < kBatch; i++) {
+        if (i % kWeights == 0)
 #pragma unroll
-    for (int i = 0; i < kRounds; i++) {
-      const int k8 = i * kConsumers + threadIdx.x;
-      if (k8 < model::kDim / 8)
+          for (int j = 0; j < kWeights; j++) read(weight, round + i + j, w[j]);
 #pragma unroll
-        for (int j = 0; j < 8; j++) v[i][j] *= scale * w[i][j];
-      put<m>(x, column, k8, round_8<m.bf16()>(v[i]));
+        for (int j = 0; j < 8; j++) v[i][j] *= scale * w[i % kWeights][j];
+        put<m>(x, column, (round + i) * 32 + lane, round_8<m.bf16()>(v[i]));
+      }
     }
   }
-  sync_consumers();  // the sums may be overwritten
 }
 
 // Sums over groups of columns that other phases left behind.
@@ -142,8 +148,7 @@ __device__ void read_chunk(const StepArgs& args) {
     if (layer + 1 == model::kLayers) return;
     grid.sync();  // publishes the chunk's keys and values
 
-    gemm::bring<kFew, tensors::wo>(weights + tensors::wo.offset);
-    attend_prompt(args, model::window(layer), work.qkv(), vector(tensors::q_norm), cache, attended);
+    attend_prompt<kFew>(args, model::window(layer), work.qkv(), vector(tensors::q_norm), cache, attended);
     grid.sync();  // publishes the heads' outputs
     if constexpr (tensors::wo.has_sums()) {
       sum_groups(attended, n);
@@ -155,7 +160,6 @@ __device__ void read_chunk(const StepArgs& args) {
       add_to_residual(wo_bias, column, row, low);
       add_to_residual(wo_bias, column, row + 8, high);
     });
-    gemm::bring<kFew, tensors::w_gate_up>(weights + tensors::w_gate_up.offset);
     grid.sync();  // publishes the residual with attention added
 
     norm(vector(tensors::ffn_norm), work.residual(), ffn_input, n);
@@ -166,7 +170,6 @@ __device__ void read_chunk(const StepArgs& args) {
       gate = biased(w_gate_up_bias, row, gate), up = biased(w_gate_up_bias, row + 8, up);
       *hidden.pair(column, row / 16 * 8 + row % 8) = round_pair<tensors::w_down.bf16()>(silu(gate.x) * up.x, silu(gate.y) * up.y);
     });
-    gemm::bring<kFew, tensors::w_down>(weights + tensors::w_down.offset);
     grid.sync();  // publishes SwiGLU's result
     if constexpr (tensors::w_down.has_sums()) {
       sum_groups(hidden, n);
@@ -178,7 +181,6 @@ __device__ void read_chunk(const StepArgs& args) {
       add_to_residual(w_down_bias, column, row, low);
       add_to_residual(w_down_bias, column, row + 8, high);
     });
-    gemm::bring<kFew, tensors::wqkv>(weights + tensors::kLayerBytes + tensors::wqkv.offset);
     grid.sync();  // publishes the layer's output
   }
 }

@@ -1,5 +1,5 @@
 // Attention of a prompt: the cache holds the chunk's own keys and values already. A unit is a KV head and
-// eight query rows a warp; its block walks once through the past that any of them sees.
+// eight query rows for each of some warps; its block walks once through the past that any of them sees.
 #pragma once
 #include "attention.cuh"
 #include "gemm.cuh"
@@ -8,10 +8,13 @@ namespace prompt {
 using attention::kGroup;
 using attention::kHeadDim;
 
-constexpr int kUnitRows = kWarps * attention::kRows;
-constexpr int kQueryBytes = kUnitRows * attention::kQueryStride;
-constexpr int kBlocks = 4;  // of positions: of a stage, and what a warp attends to at once
-constexpr int kStages = smaller(4, (kSharedBytes - kQueryBytes) / (kBlocks * attention::kBlockBytes));
+// Warps of a block that have query rows: those of few tokens are spread over more blocks.
+template <bool kFew>
+constexpr int kRowWarps = kFew ? 2 : kWarps;
+constexpr int kQueryBytes = kWarps * attention::kRows * attention::kQueryStride;
+constexpr int kRoom = (kSharedBytes - kQueryBytes) / attention::kBlockBytes;
+constexpr int kBlocks = kRoom >= 3 * 8 ? 8 : 4;  // of positions: of a stage, and what a warp attends to at once
+constexpr int kStages = smaller(4, kRoom / kBlocks);
 static_assert(kStages >= 2, "queries and two stages must fit into shared memory");
 
 // Norm and rotation of one head's row of fp32 values in global memory by one warp.
@@ -56,20 +59,23 @@ __device__ void load_queries(const StepArgs& args, const float* qkv, const float
 }
 
 // All units, those with the longest past first. out: what m multiplies with.
-template <Matrix m>
+template <bool kFew, Matrix m>
 __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, const float* qkv, const float* q_norm, const u8* cache, gemm::Operand<m> out) {
+  constexpr int kUnitRows = kRowWarps<kFew> * attention::kRows;
   const int all_rows = kGroup * args.n_columns, row_tiles = ceil_div(all_rows, kUnitRows);
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < row_tiles * model::kKvHeads; unit += kGrid) {
     const int kv_head = unit % model::kKvHeads, unit_row = (row_tiles - 1 - unit / model::kKvHeads) * kUnitRows;
-    const int first = unit_row + threadIdx.x / 32 * attention::kRows, rows = smaller(attention::kRows, all_rows - first);
+    const int warp = threadIdx.x / 32, first = unit_row + warp * attention::kRows;
+    const int rows = warp < kRowWarps<kFew> ? smaller(attention::kRows, all_rows - first) : 0;
     const auto position_of = [&](int row) { return args.position + row / kGroup; };
     // Stages begin at multiples of kBlocks wherever a unit does, so that a row's sums have the same order in all units.
     const int oldest = window ? position_of(unit_row) - window + 1 : 0, begin = oldest > 0 ? oldest / 16 / kBlocks * kBlocks : 0;
     const int end = position_of(smaller(unit_row + kUnitRows, all_rows) - 1) / 16 + 1;
     const int last = position_of(first + rows - 1);
     load_queries(args, qkv, q_norm, kv_head, first, rows);
+    const auto seen = attention::Seen::of([&](int row) { return position_of(first + row); }, last, window);
     attention::Running run;
     gemm::pipeline<kStages, kBlocks * attention::kBlockBytes>(
         dynamic_smem() + kQueryBytes, ceil_div(end - begin, kBlocks),
@@ -81,10 +87,7 @@ __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, con
         [&](const u8* stage, int i) {
           const int from = (begin + i * kBlocks) * 16;
           if (rows <= 0 || from > last) return;
-          attention::attend<kBlocks>(run, stage, smaller(kBlocks, (last - from) / 16 + 1), queries_of_warp(), [&](int row, int offset) {
-            const int position = from + offset, own = position_of(first + row);
-            return position <= own && (!window || position > own - window);
-          });
+          attention::attend<kBlocks>(run, stage, smaller(kBlocks, (last - from) / 16 + 1), queries_of_warp(), from, seen);
         });
 #pragma unroll
     for (int i = 0; i < 2; i++) {

@@ -128,10 +128,9 @@ struct Place {
 // Of the first `runs` of kRuns runs of kMost bytes, kStride bytes apart, `bytes` each: a multiple of 16. By all threads.
 template <int kRuns, int kMost, int kStride>
 __device__ __forceinline__ void copy_runs(u8* to, const u8* from, int runs, int bytes) {
-  const int thread = thread_index();
 #pragma unroll
   for (int i = 0; i < ceil_div(kRuns * kMost, kConsumers * 16); i++) {
-    const int at = (i * kConsumers + thread) * 16, run = at / kMost, in_run = at % kMost;
+    const int at = (i * kConsumers + threadIdx.x) * 16, run = at / kMost, in_run = at % kMost;
     if (at < runs * kMost && in_run < bytes) cp_async_16(to + at, from + run * kStride + in_run);
   }
 }
@@ -140,19 +139,18 @@ __device__ __forceinline__ void copy_runs(u8* to, const u8* from, int runs, int 
 // only those that are there are copied.
 template <Matrix m, Shape s>
 __device__ __forceinline__ void load_stage(u8* stage, const u8* weights, const Operand<m>& x, const Place& place, int n_columns) {
-  const int thread = thread_index();
   using S = Stage<m, s>;
   using O = Operand<m>;
   constexpr bool kWholeSteps = m.tiles() % S::kTiles == 0, kWholeTiles = m.row_blocks() % s.row_blocks == 0;
   const int first = place.step * S::kTiles, tiles = kWholeSteps ? S::kTiles : smaller(S::kTiles, m.tiles() - first);
   constexpr int kVectors = S::kBlockBytes / 16, kCopies = s.row_blocks * kVectors;
   const u8* from = weights + (u64)place.row_tile * (s.row_blocks * m.row_block_bytes()) + first * m.tile_bytes();
-  u8* to = stage + thread * 16;
-  constexpr bool kEven = kConsumers % kVectors == 0;  // a thread's copies are whole row blocks apart
-  if (kEven) from += thread / kVectors * m.row_block_bytes() + thread % kVectors * 16;
+  u8* to = stage + threadIdx.x * 16;
+  constexpr bool kEven = kConsumers % kVectors == 0;  // a threadIdx.x's copies are whole row blocks apart
+  if (kEven) from += threadIdx.x / kVectors * m.row_block_bytes() + threadIdx.x % kVectors * 16;
 #pragma unroll
   for (int i = 0; i < ceil_div(kCopies, kConsumers); i++) {
-    const int at = i * kConsumers + thread, block = at / kVectors, vector = at % kVectors;
+    const int at = i * kConsumers + threadIdx.x, block = at / kVectors, vector = at % kVectors;
     if ((kCopies % kConsumers == 0 || at < kCopies) && (kWholeSteps || vector < tiles * m.tile_bytes() / 16) &&
         (kWholeTiles || place.row_tile * s.row_blocks + block < m.row_blocks()))
       cp_async_16(to + i * kConsumers * 16,

@@ -8,7 +8,6 @@ results may differ within rounding; ``reset`` gives a fresh start.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 from .config import ModelConfig
 
@@ -31,9 +30,9 @@ class KeptTokens:
 
     def shared(self, prompt: Sequence[int]) -> int:
         """How many tokens of ``prompt`` need no forward; never the last, which gives the logits."""
-        key = self._rope_key(len(prompt))
-        pairs = zip(prompt[:-1], self.ids, self.rope_keys, strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and pair[2] == key, pairs))
+        keys = [self._rope_key(len(prompt))] * len(self.rope_keys)
+        same = _shared_front(list(prompt[:-1]), self.ids)
+        return min(same, _shared_front(self.rope_keys, keys))
 
     def cut(self, position: int) -> None:
         """Forgets what stands at ``position`` and after it: about to be written."""
@@ -52,3 +51,18 @@ class KeptTokens:
         if self._rope.kind == "dynamic":
             return max(length, self._original)
         return int(self._rope.kind == "longrope" and length > self._original)
+
+
+def _shared_front(a: list[int], b: list[int]) -> int:
+    """How many elements are equal before the first that differ.
+
+    By halves, as lists are compared many times faster than their elements one by one.
+    """
+    begin, end = 0, min(len(a), len(b))
+    while begin < end:
+        middle = (begin + end + 1) // 2
+        if a[begin:middle] == b[begin:middle]:
+            begin = middle
+        else:
+            end = middle - 1
+    return begin
