@@ -66,7 +66,10 @@ struct Operand {
 // One step along the rows of X, in shared memory: weights [row block][tile], columns as in Operand, sums.
 template <Matrix m, Shape s>
 struct Stage {
-  static constexpr int kCols = s.columns == kFewColumns ? 128 : 64;  // about as many of m
+  // About as many of m's columns: 128 where three stages fit, for each stage costs a barrier, and where the copies'
+  // addresses leave registers for the sums.
+  static constexpr bool kLong = 3 * 128 * 2 * (16 * s.row_blocks + s.columns) <= kSharedBytes && (m.group == 0 || s.columns == kFewColumns);
+  static constexpr int kCols = kLong ? 128 : 64;
   static constexpr int kTiles = m.tile_cols() < kCols ? kCols / m.tile_cols() : 1;
   static constexpr int kBlockBytes = kTiles * m.tile_bytes();
   static constexpr int kX = s.row_blocks * kBlockBytes;  // offsets
@@ -74,7 +77,7 @@ struct Stage {
   static constexpr int kTileGroups = m.has_sums() ? m.tile_cols() / m.group : 0;
   static constexpr int kBytes = kSums + kTiles * kTileGroups * s.columns * 4;
   static constexpr int kSteps = ceil_div(m.tiles(), kTiles);  // of a tile of Y
-  static constexpr int kStages = smaller(s.columns == kFewColumns ? 8 : 4, kSharedBytes / kBytes);
+  static constexpr int kStages = smaller(8, kSharedBytes / kBytes);
   static_assert(kStages >= 2, "copying and computing need a stage each");
 };
 
