@@ -55,16 +55,14 @@ __device__ __forceinline__ int v_offset(int position, int dim) {
 
 // The last block may hold positions of this step, which prepare() writes at the same time: whatever the
 // copy sees of them is finite and masked.
-template <class Map, class To>
-__device__ void stream_past(To& to, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
+template <class Map>
+__device__ void stream_past(Streamer<Map>& to, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
   const Deal::Share share = deal.take(plan.units());
 #pragma unroll 1
   for (int i = 0; i < share.count; i++) {
     const Unit u = unit_of(plan, share.first + i * kGrid);
-    const int end = plan.split_begin(u.split + 1);
-#pragma unroll 1
-    for (int b = plan.split_begin(u.split); b < end; b += kChunkBlocks)
-      to.template copy<kInFlight>(cache + block_offset(u.kv_head, b, max_blocks), smaller(kChunkBlocks, end - b) * kBlockBytes);
+    const int begin = plan.split_begin(u.split), end = plan.split_begin(u.split + 1);
+    to.copy(cache + block_offset(u.kv_head, begin, max_blocks), (end - begin) * kBlockBytes, kChunkBlocks * kBlockBytes, kInFlight);
   }
 }
 

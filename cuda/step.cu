@@ -7,23 +7,26 @@
 
 namespace {
 
+template <class Map>
+__constant__ Route kRoutes[] = {route<Map, tensors::wqkv>(), route<Map, tensors::wo>(), route<Map, tensors::w_gate_up>(),
+                                      route<Map, tensors::w_down>(), route<Map, tensors::head>()};
+
 // All that the step reads from device memory in large pieces, in the order in which it is consumed.
-template <class Map, class To>
+template <class Map>
 __device__ void stream(const StepArgs& args) {
-  if (!To::kAllLanes && threadIdx.x % 32 != 0) return;
-  To to(args);
+  Streamer<Map> to(args);
+  if (kBulkCopy && !to.ahead && threadIdx.x % 32 != 0) return;
   Deal deal;
+  constexpr int kOfLayer = 4;  // matrices
 #pragma unroll 1
-  for (int layer = 0; layer < model::kLayers; layer++) {
-    const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
+  for (int i = 0; i < kOfLayer * model::kLayers + (args.head ? 1 : 0); i++) {
+    const int layer = i / kOfLayer;
+    const bool head = layer == model::kLayers;
+    stream_matrix(to, deal, head ? args.weights : args.weights + tensors::kLayers + layer * tensors::kLayerBytes, kRoutes<Map>[head ? kOfLayer : i % kOfLayer]);
+    if (i % kOfLayer != 0 || head) continue;
     const attention::Plan<Map> plan(args.n_columns, args.position, model::window(layer));
-    stream_matrix<Map, tensors::wqkv>(to, deal, weights + tensors::wqkv.offset);
     attention::stream_past<Map>(to, deal, plan, args.kv_cache + layer * args.kv_layer_bytes, args.max_blocks);
-    stream_matrix<Map, tensors::wo>(to, deal, weights + tensors::wo.offset);
-    stream_matrix<Map, tensors::w_gate_up>(to, deal, weights + tensors::w_gate_up.offset);
-    stream_matrix<Map, tensors::w_down>(to, deal, weights + tensors::w_down.offset);
   }
-  if (args.head) stream_matrix<Map, tensors::head>(to, deal, args.weights + tensors::head.offset);
   to.drain();
 }
 
@@ -132,8 +135,7 @@ __device__ __forceinline__ void step(const StepArgs& args) {
   if (threadIdx.x == 0) init_ring(Shared<Map>::ring());
   __syncthreads();  // publishes the ring's barriers to all warps
   if (threadIdx.x < kConsumers) consume<Map>(args);
-  else if (threadIdx.x < kConsumers + 32) stream<Map, Producer<Map>>(args);
-  else if constexpr (kPrefetch > 0) stream<Map, Prefetcher<Map>>(args);
+  else stream<Map>(args);
 }
 
 }  // namespace

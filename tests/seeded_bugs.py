@@ -66,7 +66,7 @@ class Bug:
 
 # Bugs with names. The patterns are loose, for the source goes on changing.
 BUGS = (
-    Bug("a matrix is streamed before its turn", r"(stream_matrix<Map, tensors::wo>.*;)(\s*)(stream_matrix<Map, tensors::w_gate_up>.*;)", r"\3\2\1"),
+    Bug("a matrix is streamed before its turn", r"(route<Map, tensors::wo>\(\)), (route<Map, tensors::w_gate_up>\(\))", r"\2, \1"),
     Bug("the ring: stages are not released", r"mbarrier_arrive\(&ring\.empty\[stage\]\);", ";"),
     Bug("the ring: the producer does not wait for a release", r"wait_parity<Map>\(Map::kStages \+ stage[^;]*;", ";"),
     Bug("the ring: consumers do not wait for copies", r"wait_parity<Map>\(stage, parity, args\);"),
