@@ -29,7 +29,7 @@ using namespace ranking;
 // Philox4x32-10: word `token % 4` for counter (token / 4, position, 0, 0).
 __device__ __forceinline__ u32 random_bits(u64 seed, u32 token, u32 position) {
   u32 c[4] = {token / 4, position, 0, 0}, k0 = (u32)seed, k1 = (u32)(seed >> 32);
-#pragma unroll
+#pragma unroll 1
   for (int round = 0; round < 10; round++) {
     const u64 p0 = (u64)0xD2511F53u * c[0], p1 = (u64)0xCD9E8D57u * c[2];
     const u32 c0 = (u32)(p1 >> 32) ^ c[1] ^ k0, c2 = (u32)(p0 >> 32) ^ c[3] ^ k1;
@@ -77,7 +77,7 @@ __device__ __forceinline__ float adjusted(const StepArgs& args, float logit, uin
 // The best of the block's candidates; all threads have it.
 template <class Map>
 __device__ __noinline__ Candidate best_of_block(Candidate mine) {
-#pragma unroll
+#pragma unroll 1
   for (int i = 16; i; i /= 2) {
     const float s = __shfl_xor_sync(0xffffffffu, mine.score, i);
     const u32 t = __shfl_xor_sync(0xffffffffu, mine.token, i);
@@ -87,6 +87,7 @@ __device__ __noinline__ Candidate best_of_block(Candidate mine) {
   sync_consumers();  // the room is free
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
   sync_consumers();  // publishes the warps' candidates
+#pragma unroll 1
   for (int w = 0; w < kWarps; w++) mine.offer(warps[w].score, warps[w].token);
   return mine;
 }
@@ -179,8 +180,8 @@ struct Choice {
   // The tokens that the block has seen, without regard to what thread has; token_of gives one past the
   // vocabulary for what is none.
   __device__ __forceinline__ int token_of(int round, int i) const {
-    const int place = (round * kBatch + i) * kConsumers + threadIdx.x;
-    return place < 16 * share.count ? (share.first + place / 16 * kGrid) * 16 + place % 16 : model::kVocab;
+    const int before = (round * kBatch + i) * kConsumers, mine = threadIdx.x;  // before: of other threads, whole row blocks
+    return before + mine < 16 * share.count ? share.first * 16 + mine / 16 * kGrid * 16 + mine % 16 + before * kGrid : model::kVocab;
   }
   __device__ __forceinline__ void read(int round) {
 #pragma unroll
@@ -250,19 +251,11 @@ struct Choice {
     }
     sync_consumers();  // publishes the block's bins
     Bins& all = work.tail()->bins;
-    u64 weight[kEach];
-    u32 count[kEach], logits[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-      const int bin = i * kConsumers + threadIdx.x;
-      weight[i] = bins.weight[bin], count[i] = bins.count[bin], logits[i] = bins.logits[bin];
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-      const int bin = i * kConsumers + threadIdx.x;
-      if (weight[i]) red_add(all.weight + bin, weight[i]);
-      if (count[i]) red_add(all.count + bin, count[i]);
-      if (logits[i]) red_add(all.logits + bin, logits[i]);
+#pragma unroll 1
+    for (int bin = threadIdx.x; bin < kBins; bin += kConsumers) {
+      if (bins.weight[bin]) red_add(all.weight + bin, bins.weight[bin]);
+      if (bins.count[bin]) red_add(all.count + bin, bins.count[bin]);
+      if (bins.logits[bin]) red_add(all.logits + bin, bins.logits[bin]);
     }
     if (!ranks) return;
     total = sum_before<Map>(total).all;
