@@ -113,7 +113,7 @@ __device__ void prepare(Exchange<Map>& exchange, const Plan<Map>& plan, const Un
     for (int i = thread_index(); i < kBlockBytes / 16; i += kConsumers) reinterpret_cast<uint4*>(s.fresh)[i] = make_uint4(0, 0, 0, 0);
     sync_consumers();  // the block of fresh positions is zero
   }
-  const auto column_of = [&](int r) { return r < rows ? (u.row_tile * kRows + r) / kGroup : (r - rows) % n; };
+  const auto column_of = [&](int r) { return r < rows ? (u.row_tile * kRows + r) / kGroup : r - rows - (r < rows + n ? 0 : n); };
   const auto fetch = [&](int r, Head& head) {
     const int at = r < rows ? u.kv_head * kGroup + (u.row_tile * kRows + r) % kGroup
                             : model::kHeads + (r < rows + n ? 0 : model::kKvHeads) + u.kv_head;

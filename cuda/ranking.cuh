@@ -87,8 +87,8 @@ __device__ __forceinline__ void add_wide(u64* sum, u64 v) {
   if (high) atomicAdd(words + 1, high);
 }
 
-// What top_p weighs a score with.
-__device__ __forceinline__ u64 weight_of(float score, float top) { return (u64)(expf(score - top) * 4294967296.0f); }
+// What a value counts for in a softmax where the largest counts for `unit`: top_p weighs scores in 2^-32.
+__device__ __noinline__ u64 weight_of(float v, float top, float unit = 4294967296.0f) { return (u64)(expf(v - top) * unit); }
 
 // Calls use(place, entry) for this thread's part of a list; many reads are on their way at a time.
 template <class Use>

@@ -101,6 +101,7 @@ struct Choice {
   const Deal::Share share;  // of the head's row blocks: what this block sees, and ranks
   const bool filters, ranks;
   Candidate best;                                     // of what no filter may drop
+  u32 least_key = 0;                                  // what min_p asks for
   float top_score = -kInfinity, top_logit = -kInfinity;
 
   __device__ __forceinline__ Choice(const StepArgs& args, Deal::Share share)
@@ -114,8 +115,9 @@ struct Choice {
 
   __device__ __forceinline__ void see(int row, int column, float low, float high, Noted noted) {
     if constexpr (!kTagged<Map>) noted = read_noted(args, row);
-    if (row < model::kVocab) see(low, column, row, noted.low, noted.allowed & 1);
-    if (row + 8 < model::kVocab) see(high, column, row + 8, noted.high, noted.allowed >> 8 & 1);
+#pragma unroll 1
+    for (int i = 0; i < 2; i++, row += 8, low = high, noted.low = noted.high, noted.allowed >>= 8)
+      if (row < model::kVocab) see(low, column, row, noted.low, noted.allowed & 1);
   }
 
   // Tells the next launch and the host.
@@ -128,6 +130,7 @@ struct Choice {
       grid.sync();  // publishes the largest values and empty bins
       const uint2 tops = ld_cg(reinterpret_cast<const uint2*>(work.tail()));
       top_score = unordered(tops.x), top_logit = unordered(tops.y);
+      if (args.min_p > 0) least_key = ordered(top_score + logf(args.min_p));
       fill_bins();
       grid.sync();  // publishes the bins
       bounds = find_bounds<Map>(work.tail()->bins, top_k(), filters ? args.top_p : 1, ranks ? n_likeliest() : 0);
@@ -153,8 +156,6 @@ struct Choice {
     return args.greedy ? score : score + noise(args.seed, token, args.position + args.n_columns);
   }
   __device__ __forceinline__ float* last_logits() const { return work.logits() + (u64)(args.n_columns - 1) * model::kVocab; }
-  // What min_p asks for, as a key.
-  __device__ __forceinline__ u32 least_key() const { return args.min_p > 0 ? ordered(top_score + logf(args.min_p)) : 0; }
   // 0: all.
   __device__ __forceinline__ u32 top_k() const { return filters && args.top_k > 0 && args.top_k < model::kVocab ? args.top_k : 0; }
   __device__ __forceinline__ u32 n_likeliest() const { return smaller(args.logprobs, model::kVocab); }
@@ -245,7 +246,7 @@ struct Choice {
         }
         if (logit > -kInfinity) {
           atomicAdd(bins.logits + bin_of(top_logit, logit), 1u);
-          total += (u64)(expf(logit - top_logit) * 17592186044416.0f);
+          total += weight_of(logit, top_logit, 17592186044416.0f);
         }
       });
     }
@@ -265,7 +266,6 @@ struct Choice {
   // Scores that are kept for certain become candidates; those at the edge are listed, and so are the
   // likeliest logits: all of a block's side by side.
   __device__ __forceinline__ void sort_out(const Bounds& bounds) {
-    const u32 least = filters ? least_key() : 0;
     const auto is_listed = [&](float score) {
       const int bin = bin_of(top_score, score);
       return score > -kInfinity && bin >= bounds.first && bin <= bounds.last;
@@ -279,7 +279,7 @@ struct Choice {
       const Sums sums = sum_before<Map>(mine);
       if (sums.all && threadIdx.x == 0) begin = atom_add(&work.tail()->entries, sums.all);
       each_token(round, [&](int token, float score, float) {  // while that is on its way
-        if (score > -kInfinity && bin_of(top_score, score) < bounds.first && ordered(score) >= least) best.offer(noisy(score, token), token);
+        if (score > -kInfinity && bin_of(top_score, score) < bounds.first && ordered(score) >= least_key) best.offer(noisy(score, token), token);
       });
       if (!sums.all) continue;
       if (threadIdx.x == 0) told<Map, u64>() = begin;
@@ -321,7 +321,7 @@ struct Choice {
   __device__ __forceinline__ void settle(const Bounds& bounds, u32 count) {
     const List list = bring<Map>(work.listed(), count);
     Measure measure{true, 0, top_score};
-    u32 least = least_key();
+    u32 least = least_key;
     u64 goal = bounds.rank;
 #pragma unroll 1
     for (int filter = 0; filter < 2; filter++) {  // top_k, top_p
