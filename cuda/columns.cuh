@@ -58,7 +58,7 @@ template <class Map, Matrix m>
 __device__ __forceinline__ void columns_landed(Consumer<Map>& consumer, int n_columns, int panel) {
   using C = Columns<Map, m>;
   if constexpr (kBulkCopy) {
-    wait_parity<Map>(2 * Map::kStages, consumer.columns_parity, consumer.args);
+    wait_long<Map>(2 * Map::kStages, consumer.columns_parity, consumer.args.alarm, consumer.args.watchdog_ns);
     consumer.columns_parity ^= 1;
   }
   if constexpr (m.has_sums()) {

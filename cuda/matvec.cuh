@@ -10,11 +10,11 @@
 struct Deal {
   int place = blockIdx.x;  // this block's in the queue for the next row block
   struct Share { int first, count, part; };
-  __device__ __forceinline__ Share take(int row_blocks, int parts = 1) {
-    const int teams = kGrid / parts, first = place / parts, part = place % parts, rest = row_blocks % teams;
-    place -= rest * parts;
+  __device__ __forceinline__ Share take(u32 row_blocks, u32 parts = 1) {
+    const u32 teams = kGrid / parts, first = u32(place) / parts, part = u32(place) % parts, rest = row_blocks % teams;
+    place -= int(rest * parts);
     if (place < 0) place += kGrid;
-    return {first, row_blocks / teams + (first < rest), part};
+    return {int(first), int(row_blocks / teams + (first < rest)), int(part)};
   }
 };
 

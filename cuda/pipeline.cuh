@@ -144,7 +144,7 @@ struct Streamer {
   Producer<Map> producer;
   Prefetcher<Map> prefetcher;
 
-  __device__ __forceinline__ explicit Streamer(const StepArgs& args) : ahead(threadIdx.x >= kConsumers + 32), producer(args) {}
+  __device__ __forceinline__ explicit Streamer(const StepArgs& args) : ahead(kPrefetch > 0 && threadIdx.x >= kConsumers + 32), producer(args) {}
   __device__ __forceinline__ void copy(const u8* src, int bytes, int chunk_bytes, int in_flight) {
     if (ahead) {
 #pragma unroll 1

@@ -104,7 +104,7 @@ BUGS = (
     Bug("words: the number comes before the value", r"st_relaxed_gpu\(word, \(u64\)phase << 32 \| value\);", "st_relaxed_gpu(word, (u64)phase << 32); st_relaxed_gpu(word, (u64)phase << 32 | value);"),
     Bug("words: all steps have the same numbers", r"phase\(args\.first_phase\)", "phase(1)"),
     Bug("words: a block without rows waits for a product's input", r" && share\.count > 0;", ";"),
-    Bug("columns: nobody waits for the copies", r"wait_parity<Map>\(2 \* Map::kStages[^;]*;"),
+    Bug("columns: nobody waits for the copies", r"wait_long<Map>\(2 \* Map::kStages[^;]*;"),
     Bug("columns: the parity never flips", r"consumer\.columns_parity \^= 1;"),
     Bug("columns: padding keeps what was there", r"= make_uint4\(0, 0, 0, 0\);(?=\n\}\n\n// Waits)", "= make_uint4(0x7fff7fff, 0, 0, 0);"),
     Bug("columns: sums of fewer groups", r"group < groups; group \+= kWarps", "group < groups - 1; group += kWarps"),
