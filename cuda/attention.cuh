@@ -57,6 +57,7 @@ __device__ __forceinline__ int v_offset(int position, int dim) {
 // copy sees of them is finite and masked.
 template <class Map>
 __device__ void stream_past(Streamer<Map>& to, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
+  static_assert(kInFlight < Map::kStages, "a stage cannot be filled twice");
   const Deal::Share share = deal.take(plan.units());
 #pragma unroll 1
   for (int i = 0; i < share.count; i++) {

@@ -125,7 +125,10 @@ __device__ void store_columns(const Exchange<Map>& exchange, const Residual<Map>
 #pragma unroll 1
     for (int k8 = thread_index(); k8 < model::kDim / 8; k8 += kConsumers) {
 #pragma unroll
-      for (int j = 0; j < 8; j++) residual.put_rounded(column, k8 * 8 + j, residual.plain[column * model::kDim + k8 * 8 + j], scale, reader);
+      for (int j = 0; j < 8; j++) {
+        const int i = k8 * 8 + j;
+        residual.put_rounded(column, i, residual.plain[column * model::kDim + i], scale, reader);  // this thread wrote it
+      }
     }
     sync_consumers();  // the room of block_sum is free again
   }

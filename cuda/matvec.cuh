@@ -46,7 +46,7 @@ struct Walk {
   static_assert(kWindow >= 1, "shared_map left no room for partial sums");
 };
 
-// A walk as the producer needs it: as data, so that one loop streams all matrices.
+// A walk as the producer needs it: as data, so that one loop, compiled once, streams all matrices.
 struct Route {
   u64 offset;                                                // of the matrix
   int row_block_bytes, panel_bytes, chunk_bytes, in_flight;  // in_flight: copies

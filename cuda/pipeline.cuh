@@ -63,7 +63,7 @@ __device__ __forceinline__ void wait_parity(int barrier, u32 parity, const StepA
 template <class Map>
 struct Producer {
   const StepArgs& args;
-  u8* const smem;
+  u8* const smem;  // kept_smem()
   int stage = 0;   // next stage to fill
   u32 parity = 0;  // of that stage's current round
   u32 issued = 0;  // copies so far
@@ -137,7 +137,8 @@ struct Prefetcher {
   }
 };
 
-// Either of them, by warp: the walk over all that is streamed is compiled once.
+// Either of them, by warp: the walk over all that is streamed is compiled once. Their loops over the chunks of a piece are
+// apart, for that is where the producer's pace is made.
 template <class Map>
 struct Streamer {
   const bool ahead;

@@ -7,9 +7,10 @@
 
 namespace {
 
+// A layer's matrices, and the head.
 template <class Map>
 __constant__ Route kRoutes[] = {route<Map, tensors::wqkv>(), route<Map, tensors::wo>(), route<Map, tensors::w_gate_up>(),
-                                      route<Map, tensors::w_down>(), route<Map, tensors::head>()};
+                                route<Map, tensors::w_down>(), route<Map, tensors::head>()};
 
 // All that the step reads from device memory in large pieces, in the order in which it is consumed.
 template <class Map>
@@ -17,13 +18,13 @@ __device__ void stream(const StepArgs& args) {
   Streamer<Map> to(args);
   if (kBulkCopy && !to.ahead && threadIdx.x % 32 != 0) return;
   Deal deal;
-  constexpr int kOfLayer = 4;  // matrices
+  constexpr int kOfLayer = 4, kHead = kOfLayer * model::kLayers;  // matrices
 #pragma unroll 1
-  for (int i = 0; i < kOfLayer * model::kLayers + (args.head ? 1 : 0); i++) {
+  for (int i = 0; i < kHead + (args.head ? 1 : 0); i++) {
     const int layer = i / kOfLayer;
-    const bool head = layer == model::kLayers;
-    stream_matrix(to, deal, head ? args.weights : args.weights + tensors::kLayers + layer * tensors::kLayerBytes, kRoutes<Map>[head ? kOfLayer : i % kOfLayer]);
-    if (i % kOfLayer != 0 || head) continue;
+    const u8* base = i == kHead ? args.weights : args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
+    stream_matrix(to, deal, base, kRoutes<Map>[i == kHead ? kOfLayer : i % kOfLayer]);
+    if (i % kOfLayer != 0 || i == kHead) continue;  // the past comes after W_qkv
     const attention::Plan<Map> plan(args.n_columns, args.position, model::window(layer));
     attention::stream_past<Map>(to, deal, plan, args.kv_cache + layer * args.kv_layer_bytes, args.max_blocks);
   }
