@@ -55,16 +55,15 @@ __device__ __forceinline__ int v_offset(int position, int dim) {
 
 // The last block may hold positions of this step, which prepare() writes at the same time: whatever the
 // copy sees of them is finite and masked.
-template <class Map, class To>
-__device__ void stream_past(To& to, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
+template <class Map>
+__device__ void stream_past(Streamer<Map>& to, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
+  static_assert(kInFlight < Map::kStages, "a stage cannot be filled twice");
   const Deal::Share share = deal.take(plan.units());
 #pragma unroll 1
   for (int i = 0; i < share.count; i++) {
     const Unit u = unit_of(plan, share.first + i * kGrid);
-    const int end = plan.split_begin(u.split + 1);
-#pragma unroll 1
-    for (int b = plan.split_begin(u.split); b < end; b += kChunkBlocks)
-      to.template copy<kInFlight>(cache + block_offset(u.kv_head, b, max_blocks), smaller(kChunkBlocks, end - b) * kBlockBytes);
+    const int begin = plan.split_begin(u.split), end = plan.split_begin(u.split + 1);
+    to.copy(cache + block_offset(u.kv_head, begin, max_blocks), (end - begin) * kBlockBytes, kChunkBlocks * kBlockBytes, kInFlight);
   }
 }
 
@@ -115,7 +114,7 @@ __device__ void prepare(Exchange<Map>& exchange, const Plan<Map>& plan, const Un
     for (int i = thread_index(); i < kBlockBytes / 16; i += kConsumers) reinterpret_cast<uint4*>(s.fresh)[i] = make_uint4(0, 0, 0, 0);
     sync_consumers();  // the block of fresh positions is zero
   }
-  const auto column_of = [&](int r) { return r < rows ? (u.row_tile * kRows + r) / kGroup : (r - rows) % n; };
+  const auto column_of = [&](int r) { return r < rows ? (u.row_tile * kRows + r) / kGroup : r - rows - (r < rows + n ? 0 : n); };
   const auto fetch = [&](int r, Head& head) {
     const int at = r < rows ? u.kv_head * kGroup + (u.row_tile * kRows + r) % kGroup
                             : model::kHeads + (r < rows + n ? 0 : model::kKvHeads) + u.kv_head;

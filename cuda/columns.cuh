@@ -32,31 +32,39 @@ __device__ __forceinline__ void copy_columns(const u16* source, int n_columns, i
       reinterpret_cast<uint4*>(C::x(i % n_columns))[cols / 8 + i / n_columns] = make_uint4(0, 0, 0, 0);
 }
 
+// Sums over groups of kGroup values in 8 columns: a product with a matrix of ones. What lies in columns that are not
+// there stays in their sums. x: [8][stride bytes]; sums: [8][sums_stride].
+template <int kGroup>
+__device__ __noinline__ void sum_groups(const u8* x, int stride, float* sums, int sums_stride, int groups) {
+  constexpr u32 kOne = 0x3c003c00;
+  const int lane = thread_index() % 32;
+  x += lane / 4 * stride + lane % 4 * 16;
+  sums += 2 * lane * sums_stride;
+#pragma unroll 4
+  for (int group = thread_index() / 32; group < groups; group += kWarps) {
+    float even[4] = {}, odd[4] = {};
+#pragma unroll
+    for (int slice = 0; slice < kGroup / 32; slice++) {
+      const uint4 b = *reinterpret_cast<const uint4*>(x + group * kGroup * 2 + slice * 64);
+      mma<false>(even, {kOne, kOne, kOne, kOne}, b.x, b.y);
+      mma<false>(odd, {kOne, kOne, kOne, kOne}, b.z, b.w);
+    }
+    if (lane < 4) sums[group] = even[0] + odd[0], sums[sums_stride + group] = even[1] + odd[1];
+  }
+}
+
 // Waits, and adds the sums over groups that integer weights need.
 template <class Map, Matrix m>
 __device__ __forceinline__ void columns_landed(Consumer<Map>& consumer, int n_columns, int panel) {
   using C = Columns<Map, m>;
   if constexpr (kBulkCopy) {
-    wait_parity<Map>(2 * Map::kStages, consumer.columns_parity, consumer.args);
+    wait_long<Map>(2 * Map::kStages, consumer.columns_parity, consumer.args.alarm, consumer.args.watchdog_ns);
     consumer.columns_parity ^= 1;
   }
   if constexpr (m.has_sums()) {
     if (!kBulkCopy || m.padded_cols() != m.cols) sync_consumers();  // publishes what other threads wrote
-    // Times a matrix of ones. What lies in columns that are not there stays in their sums.
-    constexpr u32 kOne = 0x3c003c00;
-    const int lane = thread_index() % 32, groups = Walk<Map, m>::tiles(panel) * m.tile_cols() / m.group;
-    const u8* x = C::x(lane / 4) + lane % 4 * 16;
-#pragma unroll 4
-    for (int group = thread_index() / 32; group < groups; group += kWarps) {
-      float even[4] = {}, odd[4] = {};
-#pragma unroll
-      for (int slice = 0; slice < m.group / 32; slice++) {
-        const uint4 b = *reinterpret_cast<const uint4*>(x + group * m.group * 2 + slice * 64);
-        mma<false>(even, {kOne, kOne, kOne, kOne}, b.x, b.y);
-        mma<false>(odd, {kOne, kOne, kOne, kOne}, b.z, b.w);
-      }
-      if (lane < 4) C::sums(2 * lane)[group] = even[0] + odd[0], C::sums(2 * lane + 1)[group] = even[1] + odd[1];
-    }
+    using W = Walk<Map, m>;
+    sum_groups<m.group>(C::x(0), W::kStride, C::sums(0), W::kSums, W::tiles(panel) * m.tile_cols() / m.group);
   }
   sync_consumers();  // publishes the activations to the block's consumers
 }
@@ -70,13 +78,14 @@ __device__ void load_columns(Consumer<Map>& consumer, const u16* source, int n_c
 
 // Takes note of the norms once all of the residual is there. They must be the same in all blocks.
 template <class Map>
-__device__ __forceinline__ void measure_norms(const Residual<Map>& residual, int n_columns) {
+__device__ __noinline__ void measure_norms(const float* squares, int n_columns) {
+  constexpr int kSums = Residual<Map>::kSums;
 #pragma unroll 1
   for (int column = thread_index() / 32; column < n_columns; column += kWarps) {
-    const uint4* at = reinterpret_cast<const uint4*>(residual.squares + column * residual.kSums);
+    const uint4* at = reinterpret_cast<const uint4*>(squares + column * kSums);
     float sum = 0;
 #pragma unroll 4
-    for (int i = thread_index() % 32; i < residual.kSums / 4; i += 32) {
+    for (int i = thread_index() % 32; i < kSums / 4; i += 32) {
       const uint4 v = ld_cg(at + i);
       sum += (__uint_as_float(v.x) + __uint_as_float(v.y)) + (__uint_as_float(v.z) + __uint_as_float(v.w));
     }
@@ -92,7 +101,7 @@ __device__ __forceinline__ void measure_norms(const Residual<Map>& residual, int
 template <class Map, Matrix m>
 __device__ void load_normed_columns(Consumer<Map>& consumer, const Residual<Map>& residual, int n_columns, int panel, bool first) {
   copy_columns<Map, m>(residual.rounded, n_columns, panel);
-  if (first) measure_norms(residual, n_columns);
+  if (first) measure_norms<Map>(residual.squares, n_columns);
   columns_landed<Map, m>(consumer, n_columns, panel);
 }
 
@@ -115,10 +124,11 @@ __device__ void store_columns(const Exchange<Map>& exchange, const Residual<Map>
     const float scale = rsqrtf(block_sum<Map>(all) / model::kDim + model::kNormEps);
 #pragma unroll 1
     for (int k8 = thread_index(); k8 < model::kDim / 8; k8 += kConsumers) {
-      float v[8];
-      read(column, k8, v);
 #pragma unroll
-      for (int j = 0; j < 8; j++) residual.put_rounded(column, k8 * 8 + j, v[j], scale, reader);
+      for (int j = 0; j < 8; j++) {
+        const int i = k8 * 8 + j;
+        residual.put_rounded(column, i, residual.plain[column * model::kDim + i], scale, reader);  // this thread wrote it
+      }
     }
     sync_consumers();  // the room of block_sum is free again
   }

@@ -10,13 +10,11 @@
 struct Deal {
   int place = blockIdx.x;  // this block's in the queue for the next row block
   struct Share { int first, count, part; };
-  template <int kParts = 1>
-  __device__ __forceinline__ Share take(int row_blocks) {
-    static_assert(kGrid % kParts == 0, "teams are of one size");
-    const int first = place / kParts, part = place % kParts, rest = row_blocks % (kGrid / kParts);
-    place -= rest * kParts;
+  __device__ __forceinline__ Share take(u32 row_blocks, u32 parts = 1) {
+    const u32 teams = kGrid / parts, first = u32(place) / parts, part = u32(place) % parts, rest = row_blocks % teams;
+    place -= int(rest * parts);
     if (place < 0) place += kGrid;
-    return {first, row_blocks / (kGrid / kParts) + (first < rest), part};
+    return {int(first), int(row_blocks / teams + (first < rest)), int(part)};
   }
 };
 
@@ -30,12 +28,14 @@ struct Walk {
   static constexpr int kPanels = ceil_div(m.tiles(), kPanelTiles);
   static constexpr int kPanelsOfBlock = kParts > 1 ? 1 : kPanels;  // else each block of a team has one
   static_assert(kParts == 1 || kPanels == kParts, "a part is a panel");
+  static_assert(kGrid % kParts == 0, "teams are of one size");
   static __device__ __forceinline__ constexpr int tiles(int panel) {
     return kPanels == 1 ? m.tiles() : smaller(kPanelTiles, m.tiles() - panel * kPanelTiles);
   }
   static __device__ __forceinline__ constexpr int chunks(int panel) { return ceil_div(tiles(panel), m.chunk_tiles); }
   static constexpr int kMostInFlight = int(kInFlightBytes) / (m.chunk_tiles * m.tile_bytes());
   static constexpr int kInFlight = kMostInFlight < 2 ? 2 : smaller(kMostInFlight, Map::kStages - 1);
+  static_assert(kInFlight < Map::kStages, "a stage cannot be filled twice");
 
   // Scratch: activations of a panel [kColumns][columns of the panel], 16-bit; their sums over groups
   // [kColumns][kSums], fp32; partial sums [kWindow][kWarps][16][kColumns], fp32, up to Map::kReduce.
@@ -46,22 +46,32 @@ struct Walk {
   static_assert(kWindow >= 1, "shared_map left no room for partial sums");
 };
 
-// to: a Producer or a Prefetcher.
-template <class Map, Matrix m, class To>
-__device__ void stream_matrix(To& to, Deal& deal, const u8* weights) {
+// A walk as the producer needs it: as data, so that one loop, compiled once, streams all matrices.
+struct Route {
+  u64 offset;                                                // of the matrix
+  int row_block_bytes, panel_bytes, chunk_bytes, in_flight;  // in_flight: copies
+  int row_blocks, parts, window, panels;                     // panels: those of a block
+};
+template <class Map, Matrix m>
+__device__ constexpr Route route() {
   using W = Walk<Map, m>;
-  const Deal::Share share = deal.take<W::kParts>(m.row_blocks());
+  return {m.offset, m.row_block_bytes(), W::kPanelTiles * m.tile_bytes(), m.chunk_tiles * m.tile_bytes(), W::kInFlight,
+          m.row_blocks(), W::kParts, W::kWindow, W::kPanelsOfBlock};
+}
+
+template <class Map>
+__device__ __forceinline__ void stream_matrix(Streamer<Map>& to, Deal& deal, const u8* base, const Route& r) {
+  const Deal::Share share = deal.take(r.row_blocks, r.parts);
+  const int teams = kGrid / r.parts;
 #pragma unroll 1
-  for (int window = 0; window < share.count; window += W::kWindow)
+  for (int window = 0; window < share.count; window += r.window)
 #pragma unroll 1
-    for (int i = 0; i < W::kPanelsOfBlock; i++)
+    for (int panel = share.part; panel < share.part + r.panels; panel++)
 #pragma unroll 1
-      for (int b = window; b < smaller(window + W::kWindow, share.count); b++) {
-        const int panel = share.part + i;
-        const u8* src = weights + (u64)(share.first + b * W::kTeams) * m.row_block_bytes() + (u64)panel * W::kPanelTiles * m.tile_bytes();
-#pragma unroll 1
-        for (int left = W::tiles(panel); left > 0; left -= m.chunk_tiles, src += m.chunk_tiles * m.tile_bytes())
-          to.template copy<W::kInFlight>(src, smaller(left, m.chunk_tiles) * m.tile_bytes());
+      for (int b = window; b < smaller(window + r.window, share.count); b++) {
+        const int begin = panel * r.panel_bytes;
+        const u8* src = base + r.offset + (u64)(share.first + b * teams) * r.row_block_bytes + begin;
+        to.copy(src, smaller(r.panel_bytes, r.row_block_bytes - begin), r.chunk_bytes, r.in_flight);
       }
 }
 
@@ -216,7 +226,7 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
                                                 Fetch fetch = FetchNothing()) {
   using W = Walk<Map, m>;
   constexpr int kColumns = Map::kColumns, kSlot = 16 * kColumns, kOfBlock = WindowSums<Map>::kOfBlock;
-  const Deal::Share share = deal.take<W::kParts>(m.row_blocks());
+  const Deal::Share share = deal.take(m.row_blocks(), W::kParts);
   float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + W::kPartialsAt);
   consumer.profile.mark(kBegin);
   // With one column, who has no rows must not read: nobody waits for it, so what it would read may be

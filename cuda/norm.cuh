@@ -23,16 +23,15 @@ struct LoadShare {
   static __device__ constexpr bool whole(int units, int batch) {
     return W::kPanels == 1 && units == kRounds * kConsumers && kRounds % batch == 0;
   }
-  static __device__ __forceinline__ int unit(int round) { return thread_index() / 32 * kRounds * 32 + round * 32 + thread_index() % 32; }
+  static __device__ __forceinline__ int first() { return thread_index() / 32 * kRounds * 32 + thread_index() % 32; }  // 32 a round further
 };
 
 // A unit of rounded activations into shared memory, with the sums over groups for integer weights. All
 // lanes of a warp call it, round after round; units past `end` are not written.
 template <class Map, Matrix m, int kUnit>
-__device__ __forceinline__ void put_rounded(int round, int end, const u32 (&v)[kUnit / 2], float& carried) {
+__device__ __forceinline__ void put_rounded(int round, int unit, int end, const u32 (&v)[kUnit / 2], float& carried) {
   using C = Columns<Map, m>;
   using S = LoadShare<Map, m, kUnit>;
-  const int unit = S::unit(round);
   u32* at = reinterpret_cast<u32*>(C::x(0)) + unit * (kUnit / 2);
   if (unit < end) {
     if constexpr (kUnit == 4) *reinterpret_cast<uint2*>(at) = make_uint2(v[0], v[1]);
@@ -66,7 +65,7 @@ __device__ void load_column(Exchange<Map>& exchange, const Halves<Map, m.cols>& 
   float carried = 0;
 #pragma unroll 1
   for (int round = 0; round < S::kRounds; round += kBatch) {
-    const int first = S::unit(round);
+    const int first = S::first() + 32 * round;
     bool wanted[kBatch];
     u32 v[kBatch][kUnit / 2];  // all on their way before the first is needed
 #pragma unroll
@@ -78,7 +77,7 @@ __device__ void load_column(Exchange<Map>& exchange, const Halves<Map, m.cols>& 
     source.get(exchange, begin + first, wanted, v);
 #pragma unroll
     for (int i = 0; i < kBatch; i++)
-      if (round + i < S::kRounds) put_rounded<Map, m, kUnit>(round + i, end, v[i], carried);
+      if (round + i < S::kRounds) put_rounded<Map, m, kUnit>(round + i, first + 32 * i, end, v[i], carried);
   }
   sync_consumers();  // publishes the activations to the block's consumers
 }
@@ -111,7 +110,8 @@ __device__ void norm_column(Exchange<Map>& exchange, const Residual<Map>& residu
   constexpr int kEnd = model::kDim / kUnit, kPadded = m.padded_cols() / kUnit, kBatch = smaller(S::kRounds, 16);
   constexpr bool kKeep = S::kRounds == kBatch, kWhole = S::whole(kEnd, kBatch);
   float v[kBatch][kUnit], w[kBatch][kUnit], squares = 0, carried = 0;
-  const auto is_there = [&](int round) { return kWhole || S::unit(round) < kEnd; };
+  const int first = S::first();
+  const auto is_there = [&](int round) { return kWhole || first + 32 * round < kEnd; };
   const auto read_batch = [&](int round) {
     bool wanted[kBatch];
 #pragma unroll
@@ -120,12 +120,12 @@ __device__ void norm_column(Exchange<Map>& exchange, const Residual<Map>& residu
 #pragma unroll
       for (int j = 0; j < kUnit; j++) v[i][j] = 0;
     }
-    residual.get(exchange, S::unit(round), wanted, v);
+    residual.get(exchange, first + 32 * round, wanted, v);
   };
   const auto read_weights = [&](int round) {  // all on their way before the first is needed
 #pragma unroll
     for (int i = 0; i < kBatch; i++)
-      if (is_there(round + i)) read_unit(norm_weight, S::unit(round + i), w[i]);
+      if (is_there(round + i)) read_unit(norm_weight, first + 32 * (round + i), w[i]);
   };
 #pragma unroll 1
   for (int round = 0; round < S::kRounds; round += kBatch) {
@@ -146,7 +146,7 @@ __device__ void norm_column(Exchange<Map>& exchange, const Residual<Map>& residu
 #pragma unroll
         for (int j = 0; j < kUnit / 2; j++)
           rounded[j] = round_pair<m.bf16()>(v[i][2 * j] * (scale * w[i][2 * j]), v[i][2 * j + 1] * (scale * w[i][2 * j + 1]));
-      put_rounded<Map, m, kUnit>(round + i, kPadded, rounded, carried);
+      put_rounded<Map, m, kUnit>(round + i, first + 32 * (round + i), kPadded, rounded, carried);
     }
   }
   sync_consumers();  // publishes the activations to the block's consumers

@@ -19,8 +19,8 @@ struct Ring {
 
 template <class Map>
 struct Shared {
-  static __device__ __forceinline__ Ring<Map>& ring() { return *reinterpret_cast<Ring<Map>*>(dynamic_smem()); }
-  static __device__ __forceinline__ u8* stage(int s) { return dynamic_smem() + Map::kStageData + s * kStageBytes; }
+  static __device__ __forceinline__ Ring<Map>& ring(u8* smem = dynamic_smem()) { return *reinterpret_cast<Ring<Map>*>(smem); }
+  static __device__ __forceinline__ u8* stage(int s, u8* smem = dynamic_smem()) { return smem + Map::kStageData + s * kStageBytes; }
   static __device__ __forceinline__ u8* scratch() { return dynamic_smem() + Map::kScratch; }
   // Behind the sums of warps, see _REDUCE_BYTES of tuning.py: 64 bytes of struct Norms, and who completes a team.
   static __device__ __forceinline__ u8* norms() { return scratch() + Map::kReduce + 128; }
@@ -50,10 +50,10 @@ __device__ __noinline__ void wait_long(int barrier, u32 parity, u32* alarm, u64 
     }
 }
 template <class Map>
-__device__ __forceinline__ void wait_parity(int barrier, u32 parity, const StepArgs& args) {
+__device__ __forceinline__ void wait_parity(int barrier, u32 parity, const StepArgs& args, u8* smem = dynamic_smem()) {
 #pragma unroll 1
   for (int i = 0; i < 64; i++)
-    if (mbarrier_try_wait_parity(Shared<Map>::ring().full + barrier, parity)) return;
+    if (mbarrier_try_wait_parity(Shared<Map>::ring(smem).full + barrier, parity)) return;
   wait_long<Map>(barrier, parity, args.alarm, args.watchdog_ns);
 }
 
@@ -62,28 +62,26 @@ __device__ __forceinline__ void wait_parity(int barrier, u32 parity, const StepA
 // was started pass, as a barrier that is new takes its round -1 for complete.
 template <class Map>
 struct Producer {
-  static constexpr bool kAllLanes = !kBulkCopy;
   const StepArgs& args;
+  u8* const smem;  // kept_smem()
   int stage = 0;   // next stage to fill
   u32 parity = 0;  // of that stage's current round
   u32 issued = 0;  // copies so far
 
-  __device__ __forceinline__ explicit Producer(const StepArgs& args) : args(args) {}
+  __device__ __forceinline__ explicit Producer(const StepArgs& args) : args(args), smem(kept_smem()) {}
 
-  // Waits until the copy kMost before has landed, and for the stage to be free.
-  template <int kMost>
-  __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
-    static_assert(kMost >= 1 && kMost < Map::kStages, "a stage cannot be filled twice");
-    await_landing(kMost);
+  // Waits until the copy in_flight before has landed, and for the stage to be free.
+  __device__ __forceinline__ void copy(const u8* src, u32 bytes, int in_flight) {
+    await_landing(in_flight);
     if constexpr (kPrefetch > 0) {
-      Ring<Map>& ring = Shared<Map>::ring();
+      Ring<Map>& ring = Shared<Map>::ring(smem);
       if (!mbarrier_try_wait_parity(&ring.empty[stage], parity ^ 1)) {
         atom_exch_cta(&ring.progress, issued * 2 + 1);
-        wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
+        wait_parity<Map>(Map::kStages + stage, parity ^ 1, args, smem);
       }
       atom_exch_cta(&ring.progress, ++issued * 2);
     } else {
-      wait_parity<Map>(Map::kStages + stage, parity ^ 1, args);
+      wait_parity<Map>(Map::kStages + stage, parity ^ 1, args, smem);
     }
     start(src, bytes);
     if (++stage == Map::kStages) stage = 0, parity ^= 1;
@@ -98,11 +96,11 @@ struct Producer {
  private:
   __device__ __forceinline__ void await_landing(int before) {
     const bool wrapped = stage < before;
-    wait_parity<Map>(stage - before + (wrapped ? Map::kStages : 0), parity ^ wrapped, args);
+    wait_parity<Map>(stage - before + (wrapped ? Map::kStages : 0), parity ^ wrapped, args, smem);
   }
   __device__ __forceinline__ void start(const u8* src, u32 bytes) {
-    u64* full = Shared<Map>::ring().full + stage;
-    u8* dst = Shared<Map>::stage(stage);
+    u64* full = Shared<Map>::ring(smem).full + stage;
+    u8* dst = Shared<Map>::stage(stage, smem);
     if constexpr (kBulkCopy) {
       mbarrier_arrive_expect_tx(full, bytes);
       cp_async_bulk(dst, src, bytes, full);
@@ -118,12 +116,9 @@ struct Producer {
 // that would only lengthen the queue before it.
 template <class Map>
 struct Prefetcher {
-  static constexpr bool kAllLanes = true;
   u32 chunk = 0;
-  __device__ __forceinline__ explicit Prefetcher(const StepArgs&) {}
 
-  template <int kMost>
-  __device__ __forceinline__ void copy(const u8* src, u32 bytes) {
+  __device__ __forceinline__ void fetch(const u8* src, u32 bytes) {
     Ring<Map>& ring = Shared<Map>::ring();
 #pragma unroll 1
     while (true) {
@@ -140,7 +135,29 @@ struct Prefetcher {
     }
     chunk++;
   }
-  __device__ __forceinline__ void drain() {}
+};
+
+// Either of them, by warp: the walk over all that is streamed is compiled once. Their loops over the chunks of a piece are
+// apart, for that is where the producer's pace is made.
+template <class Map>
+struct Streamer {
+  const bool ahead;
+  Producer<Map> producer;
+  Prefetcher<Map> prefetcher;
+
+  __device__ __forceinline__ explicit Streamer(const StepArgs& args) : ahead(kPrefetch > 0 && threadIdx.x >= kConsumers + 32), producer(args) {}
+  __device__ __forceinline__ void copy(const u8* src, int bytes, int chunk_bytes, int in_flight) {
+    if (ahead) {
+#pragma unroll 1
+      for (; bytes > 0; bytes -= chunk_bytes, src += chunk_bytes) prefetcher.fetch(src, smaller(bytes, chunk_bytes));
+    } else {
+#pragma unroll 1
+      for (; bytes > 0; bytes -= chunk_bytes, src += chunk_bytes) producer.copy(src, smaller(bytes, chunk_bytes), in_flight);
+    }
+  }
+  __device__ __forceinline__ void drain() {
+    if (!ahead) producer.drain();
+  }
 };
 
 // A consumer warp's side: it takes every kWarps-th chunk of the step, in order.

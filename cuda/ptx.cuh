@@ -121,6 +121,11 @@ __device__ __forceinline__ u8* anew(u8* p) {
   asm volatile("" : "+l"(p));
   return p;
 }
+// dynamic_smem(), of which the compiler does not know it: it is kept in a register, not derived anew in a loop from the block's
+// rank in its cluster. Called by whole warps.
+__device__ __forceinline__ u8* kept_smem() {
+  return static_cast<u8*>(__cvta_shared_to_generic(__shfl_sync(0xffffffffu, smem_address(dynamic_smem()), 0)));
+}
 // threadIdx.x, read anew: what a phase derives from it is not kept in registers through all other phases.
 __device__ __forceinline__ u32 thread_index() {
   u32 v;

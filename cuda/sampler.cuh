@@ -29,7 +29,7 @@ using namespace ranking;
 // Philox4x32-10: word `token % 4` for counter (token / 4, position, 0, 0).
 __device__ __forceinline__ u32 random_bits(u64 seed, u32 token, u32 position) {
   u32 c[4] = {token / 4, position, 0, 0}, k0 = (u32)seed, k1 = (u32)(seed >> 32);
-#pragma unroll
+#pragma unroll 1
   for (int round = 0; round < 10; round++) {
     const u64 p0 = (u64)0xD2511F53u * c[0], p1 = (u64)0xCD9E8D57u * c[2];
     const u32 c0 = (u32)(p1 >> 32) ^ c[1] ^ k0, c2 = (u32)(p0 >> 32) ^ c[3] ^ k1;
@@ -77,7 +77,7 @@ __device__ __forceinline__ float adjusted(const StepArgs& args, float logit, uin
 // The best of the block's candidates; all threads have it.
 template <class Map>
 __device__ __noinline__ Candidate best_of_block(Candidate mine) {
-#pragma unroll
+#pragma unroll 1
   for (int i = 16; i; i /= 2) {
     const float s = __shfl_xor_sync(0xffffffffu, mine.score, i);
     const u32 t = __shfl_xor_sync(0xffffffffu, mine.token, i);
@@ -87,6 +87,7 @@ __device__ __noinline__ Candidate best_of_block(Candidate mine) {
   sync_consumers();  // the room is free
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
   sync_consumers();  // publishes the warps' candidates
+#pragma unroll 1
   for (int w = 0; w < kWarps; w++) mine.offer(warps[w].score, warps[w].token);
   return mine;
 }
@@ -100,6 +101,7 @@ struct Choice {
   const Deal::Share share;  // of the head's row blocks: what this block sees, and ranks
   const bool filters, ranks;
   Candidate best;                                     // of what no filter may drop
+  u32 least_key = 0;                                  // what min_p asks for
   float top_score = -kInfinity, top_logit = -kInfinity;
 
   __device__ __forceinline__ Choice(const StepArgs& args, Deal::Share share)
@@ -113,8 +115,9 @@ struct Choice {
 
   __device__ __forceinline__ void see(int row, int column, float low, float high, Noted noted) {
     if constexpr (!kTagged<Map>) noted = read_noted(args, row);
-    if (row < model::kVocab) see(low, column, row, noted.low, noted.allowed & 1);
-    if (row + 8 < model::kVocab) see(high, column, row + 8, noted.high, noted.allowed >> 8 & 1);
+#pragma unroll 1
+    for (int i = 0; i < 2; i++, row += 8, low = high, noted.low = noted.high, noted.allowed >>= 8)
+      if (row < model::kVocab) see(low, column, row, noted.low, noted.allowed & 1);
   }
 
   // Tells the next launch and the host.
@@ -127,6 +130,7 @@ struct Choice {
       grid.sync();  // publishes the largest values and empty bins
       const uint2 tops = ld_cg(reinterpret_cast<const uint2*>(work.tail()));
       top_score = unordered(tops.x), top_logit = unordered(tops.y);
+      if (args.min_p > 0) least_key = ordered(top_score + logf(args.min_p));
       fill_bins();
       grid.sync();  // publishes the bins
       bounds = find_bounds<Map>(work.tail()->bins, top_k(), filters ? args.top_p : 1, ranks ? n_likeliest() : 0);
@@ -152,8 +156,6 @@ struct Choice {
     return args.greedy ? score : score + noise(args.seed, token, args.position + args.n_columns);
   }
   __device__ __forceinline__ float* last_logits() const { return work.logits() + (u64)(args.n_columns - 1) * model::kVocab; }
-  // What min_p asks for, as a key.
-  __device__ __forceinline__ u32 least_key() const { return args.min_p > 0 ? ordered(top_score + logf(args.min_p)) : 0; }
   // 0: all.
   __device__ __forceinline__ u32 top_k() const { return filters && args.top_k > 0 && args.top_k < model::kVocab ? args.top_k : 0; }
   __device__ __forceinline__ u32 n_likeliest() const { return smaller(args.logprobs, model::kVocab); }
@@ -179,8 +181,8 @@ struct Choice {
   // The tokens that the block has seen, without regard to what thread has; token_of gives one past the
   // vocabulary for what is none.
   __device__ __forceinline__ int token_of(int round, int i) const {
-    const int place = (round * kBatch + i) * kConsumers + threadIdx.x;
-    return place < 16 * share.count ? (share.first + place / 16 * kGrid) * 16 + place % 16 : model::kVocab;
+    const int before = (round * kBatch + i) * kConsumers, mine = threadIdx.x;  // before: of other threads, whole row blocks
+    return before + mine < 16 * share.count ? share.first * 16 + mine / 16 * kGrid * 16 + mine % 16 + before * kGrid : model::kVocab;
   }
   __device__ __forceinline__ void read(int round) {
 #pragma unroll
@@ -244,25 +246,17 @@ struct Choice {
         }
         if (logit > -kInfinity) {
           atomicAdd(bins.logits + bin_of(top_logit, logit), 1u);
-          total += (u64)(expf(logit - top_logit) * 17592186044416.0f);
+          total += weight_of(logit, top_logit, 17592186044416.0f);
         }
       });
     }
     sync_consumers();  // publishes the block's bins
     Bins& all = work.tail()->bins;
-    u64 weight[kEach];
-    u32 count[kEach], logits[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-      const int bin = i * kConsumers + threadIdx.x;
-      weight[i] = bins.weight[bin], count[i] = bins.count[bin], logits[i] = bins.logits[bin];
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-      const int bin = i * kConsumers + threadIdx.x;
-      if (weight[i]) red_add(all.weight + bin, weight[i]);
-      if (count[i]) red_add(all.count + bin, count[i]);
-      if (logits[i]) red_add(all.logits + bin, logits[i]);
+#pragma unroll 1
+    for (int bin = threadIdx.x; bin < kBins; bin += kConsumers) {
+      if (bins.weight[bin]) red_add(all.weight + bin, bins.weight[bin]);
+      if (bins.count[bin]) red_add(all.count + bin, bins.count[bin]);
+      if (bins.logits[bin]) red_add(all.logits + bin, bins.logits[bin]);
     }
     if (!ranks) return;
     total = sum_before<Map>(total).all;
@@ -272,7 +266,6 @@ struct Choice {
   // Scores that are kept for certain become candidates; those at the edge are listed, and so are the
   // likeliest logits: all of a block's side by side.
   __device__ __forceinline__ void sort_out(const Bounds& bounds) {
-    const u32 least = filters ? least_key() : 0;
     const auto is_listed = [&](float score) {
       const int bin = bin_of(top_score, score);
       return score > -kInfinity && bin >= bounds.first && bin <= bounds.last;
@@ -286,7 +279,7 @@ struct Choice {
       const Sums sums = sum_before<Map>(mine);
       if (sums.all && threadIdx.x == 0) begin = atom_add(&work.tail()->entries, sums.all);
       each_token(round, [&](int token, float score, float) {  // while that is on its way
-        if (score > -kInfinity && bin_of(top_score, score) < bounds.first && ordered(score) >= least) best.offer(noisy(score, token), token);
+        if (score > -kInfinity && bin_of(top_score, score) < bounds.first && ordered(score) >= least_key) best.offer(noisy(score, token), token);
       });
       if (!sums.all) continue;
       if (threadIdx.x == 0) told<Map, u64>() = begin;
@@ -328,7 +321,7 @@ struct Choice {
   __device__ __forceinline__ void settle(const Bounds& bounds, u32 count) {
     const List list = bring<Map>(work.listed(), count);
     Measure measure{true, 0, top_score};
-    u32 least = least_key();
+    u32 least = least_key;
     u64 goal = bounds.rank;
 #pragma unroll 1
     for (int filter = 0; filter < 2; filter++) {  // top_k, top_p

@@ -10,23 +10,27 @@ namespace {
 // A step that ends a prompt goes on where prefill left off.
 __device__ __forceinline__ int first_layer(const StepArgs& args) { return args.resumed ? model::kLayers - 1 : 0; }
 
+// A layer's matrices, and the head.
+template <class Map>
+__constant__ Route kRoutes[] = {route<Map, tensors::wqkv>(), route<Map, tensors::wo>(), route<Map, tensors::w_gate_up>(),
+                                route<Map, tensors::w_down>(), route<Map, tensors::head>()};
+
 // All that the step reads from device memory in large pieces, in the order in which it is consumed.
-template <class Map, class To>
+template <class Map>
 __device__ void stream(const StepArgs& args) {
-  if (!To::kAllLanes && threadIdx.x % 32 != 0) return;
-  To to(args);
+  Streamer<Map> to(args);
+  if (kBulkCopy && !to.ahead && threadIdx.x % 32 != 0) return;
   Deal deal;
+  constexpr int kOfLayer = 4, kHead = kOfLayer * model::kLayers;  // matrices
 #pragma unroll 1
-  for (int layer = first_layer(args); layer < model::kLayers; layer++) {
-    const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
+  for (int i = kOfLayer * first_layer(args); i < kHead + (args.head ? 1 : 0); i++) {
+    const int layer = i / kOfLayer;
+    const u8* base = i == kHead ? args.weights : args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
+    stream_matrix(to, deal, base, kRoutes<Map>[i == kHead ? kOfLayer : i % kOfLayer]);
+    if (i % kOfLayer != 0 || i == kHead) continue;  // the past comes after W_qkv
     const attention::Plan<Map> plan(args.n_columns, args.position, model::window(layer));
-    stream_matrix<Map, tensors::wqkv>(to, deal, weights + tensors::wqkv.offset);
     attention::stream_past<Map>(to, deal, plan, args.kv_cache + layer * args.kv_layer_bytes, args.max_blocks);
-    stream_matrix<Map, tensors::wo>(to, deal, weights + tensors::wo.offset);
-    stream_matrix<Map, tensors::w_gate_up>(to, deal, weights + tensors::w_gate_up.offset);
-    stream_matrix<Map, tensors::w_down>(to, deal, weights + tensors::w_down.offset);
   }
-  if (args.head) stream_matrix<Map, tensors::head>(to, deal, args.weights + tensors::head.offset);
   to.drain();
 }
 
@@ -136,8 +140,7 @@ __device__ __forceinline__ void step(const StepArgs& args) {
   if (threadIdx.x == 0) init_ring(Shared<Map>::ring());
   __syncthreads();  // publishes the ring's barriers to all warps
   if (threadIdx.x < kConsumers) consume<Map>(args);
-  else if (threadIdx.x < kConsumers + 32) stream<Map, Producer<Map>>(args);
-  else if constexpr (kPrefetch > 0) stream<Map, Prefetcher<Map>>(args);
+  else stream<Map>(args);
 }
 
 }  // namespace

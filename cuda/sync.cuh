@@ -47,6 +47,17 @@ __device__ __noinline__ u64 look_around(const StepArgs& args, u64 since_ns, u32 
   return kGivenUp;
 }
 
+// Waits until so many blocks have arrived; whether it was in vain. Apart from the barriers, for those are many.
+__device__ __noinline__ bool await_arrivals(const StepArgs& args, u32 target, u32 phase) {
+  const u32* arrivals = Workspace(args).barrier();
+  for (Looks looks; looks.since_ns != kGivenUp; looks.count++) {
+    const u32 seen = ld_acquire_gpu(arrivals);
+    if ((int)(seen - target) >= 0) return false;
+    if (looks.count % 64 == 63) looks.since_ns = look_around(args, looks.since_ns, kAlarmGridBarrier, phase, target, seen);
+  }
+  return true;
+}
+
 // All blocks wait for all blocks; only thread 0 looks. After an alarm nobody waits any more: the step runs to
 // its end on garbage, the ring empties as usual, and the host throws the result away.
 struct GridBarrier {
@@ -63,10 +74,7 @@ struct GridBarrier {
     phase++;
     if (threadIdx.x == 0) {
       red_add_release_gpu(Workspace(args).barrier(), 1);
-      Looks looks;
-      u32 seen;
-      do seen = ld_acquire_gpu(Workspace(args).barrier());
-      while ((int)(seen - target) < 0 && !gives_up(looks, kAlarmGridBarrier, phase, target, seen));
+      if (!gave_up) gave_up = await_arrivals(args, target, phase);
     }
     sync_consumers();
   }

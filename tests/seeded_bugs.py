@@ -66,7 +66,7 @@ class Bug:
 
 # Bugs with names. The patterns are loose, for the source goes on changing.
 BUGS = (
-    Bug("a matrix is streamed before its turn", r"(stream_matrix<Map, tensors::wo>.*;)(\s*)(stream_matrix<Map, tensors::w_gate_up>.*;)", r"\3\2\1"),
+    Bug("a matrix is streamed before its turn", r"(route<Map, tensors::wo>\(\)), (route<Map, tensors::w_gate_up>\(\))", r"\2, \1"),
     Bug("the ring: stages are not released", r"mbarrier_arrive\(&ring\.empty\[stage\]\);", ";"),
     Bug("the ring: the producer does not wait for a release", r"wait_parity<Map>\(Map::kStages \+ stage[^;]*;", ";"),
     Bug("the ring: consumers do not wait for copies", r"wait_parity<Map>\(stage, parity, args\);"),
@@ -88,7 +88,7 @@ BUGS = (
     Bug("sampling: the last bin is not listed", r"bin <= bounds\.last", "bin < bounds.last"),
     Bug("sampling: ranks count from the top of the vocabulary", r"bounds\.rank -= scores", "bounds.rank -= 0"),
     Bug("sampling: top_p is of all scores", r"if \(!bounds\.rank\) return bounds\.total;", "return bounds.total;"),
-    Bug("sampling: min_p is not asked at the edge", r"u32 least = least_key\(\);", "u32 least = 0;"),
+    Bug("sampling: min_p is not asked at the edge", r"u32 least = least_key;", "u32 least = 0;"),
     Bug("log-probabilities: too few logits are listed", r"bin_of\(top_logit, logit\) <= bounds\.ranked", "bin_of(top_logit, logit) < bounds.ranked"),
     Bug("log-probabilities: of equal logits the last comes first", r"\| ~entry\.token", "| entry.token"),
     Bug("int4: the high nibbles count 16-fold", r"high_row \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
@@ -104,16 +104,16 @@ BUGS = (
     Bug("words: the number comes before the value", r"st_relaxed_gpu\(word, \(u64\)phase << 32 \| value\);", "st_relaxed_gpu(word, (u64)phase << 32); st_relaxed_gpu(word, (u64)phase << 32 | value);"),
     Bug("words: all steps have the same numbers", r"phase\(args\.first_phase\)", "phase(1)"),
     Bug("words: a block without rows waits for a product's input", r" && share\.count > 0;", ";"),
-    Bug("columns: nobody waits for the copies", r"wait_parity<Map>\(2 \* Map::kStages[^;]*;"),
+    Bug("columns: nobody waits for the copies", r"wait_long<Map>\(2 \* Map::kStages[^;]*;"),
     Bug("columns: the parity never flips", r"consumer\.columns_parity \^= 1;"),
-    Bug("columns: padding keeps what was there", r"= make_uint4\(0, 0, 0, 0\);(?=\n\}\n\n// Waits)", "= make_uint4(0x7fff7fff, 0, 0, 0);"),
+    Bug("columns: padding keeps what was there", r"= make_uint4\(0, 0, 0, 0\);(?=\n\}\n\n// Sums)", "= make_uint4(0x7fff7fff, 0, 0, 0);"),
     Bug("columns: sums of fewer groups", r"group < groups; group \+= kWarps", "group < groups - 1; group += kWarps"),
     Bug("norms: the scale is not made good", r"return v \* Norms::here<Map>\(\)\.factor\[column\];", "return v;"),
     Bug("norms: the same scale for all norms", r"norms\.next\[column\] = scale \* kNextNorm;", "norms.next[column] = kNextNorm;"),
     Bug("norms: noted once for each panel", r"if \(first\) measure_norms", "measure_norms"),
     Bug("teams: arrivals are not reset", r"atom_inc_acq_rel_gpu\((work\.team_arrivals\(\) \+ first), W::kParts - 1\)", r"atom_add_acq_rel_gpu(\1, 1)"),
     Bug("teams: the first to arrive goes on", r"== W::kParts - 1;(?=\n  sync_consumers)", "== 0;"),
-    Bug("teams: every block has the first part", r"const int panel = share\.part \+ i;", "const int panel = i;"),
+    Bug("teams: every block has the first part", r"int panel = share\.part; panel < share\.part \+ r\.panels;", "int panel = 0; panel < r.panels;"),
 )  # fmt: skip
 
 SAMPLINGS = (

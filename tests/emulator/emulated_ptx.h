@@ -279,6 +279,7 @@ inline float4 ld_nc(const float4* p) { return *p; }
 inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile u8*>(p); }  // so that sanitizers see a wrong address
 inline float2 ld_nc(const float2* p) { return *p; }
 inline u8* anew(u8* p) { return p; }
+inline u8* kept_smem() { return dynamic_smem(); }
 inline u32 thread_index() { return threadIdx.x; }
 inline u64 globaltimer_ns() { return emulated::clock_ns(); }
 inline u64 clock64_now() { return globaltimer_ns(); }
