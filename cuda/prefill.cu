@@ -19,10 +19,10 @@ __device__ __forceinline__ float group_sum(uint4 v) {
   return sum;
 }
 
-// Eight activations, and for integer weights their group's sum: all lanes of a warp, with consecutive k8.
+// Eight activations at `to`, and for integer weights their group's sum: all lanes of a warp, with consecutive k8.
 template <Matrix m>
-__device__ __forceinline__ void put(const gemm::Operand<m>& x, int column, int k8, uint4 v) {
-  if (k8 < m.padded_cols() / 8) x.put_8(column, k8, v);
+__device__ __forceinline__ void put(const gemm::Operand<m>& x, u32* to, int column, int k8, uint4 v) {
+  if (k8 < m.padded_cols() / 8) x.put_8(to, v);
   if constexpr (m.has_sums()) {
     const float sum = group_sum<m>(v);
     if (k8 < m.padded_cols() / 8 && k8 % (m.group / 8) == 0) *x.sum(column, k8 * 8 / m.group) = sum;
@@ -67,6 +67,7 @@ __device__ __noinline__ void norm(const float* weight, const float* residual, ge
 #pragma unroll 1
   for (int column = first_column(); column < n_columns; column += kGrid * kWarps) {
     const float* from = residual + (u64)column * model::kDim;
+    u8* to = reinterpret_cast<u8*>(x.pair(column, lane * 8));
     float squares = 0;
 #pragma unroll 1
     for (int round = 0; round < kRounds; round += kBatch) {
@@ -85,7 +86,7 @@ __device__ __noinline__ void norm(const float* weight, const float* residual, ge
           for (int j = 0; j < kWeights; j++) read(weight, round + i + j, w[j]);
 #pragma unroll
         for (int j = 0; j < 8; j++) v[i][j] *= scale * w[i % kWeights][j];
-        put<m>(x, column, (round + i) * 32 + lane, round_8<m.bf16()>(v[i]));
+        put<m>(x, reinterpret_cast<u32*>(to + x.rows_further((round + i) * 32)), column, (round + i) * 32 + lane, round_8<m.bf16()>(v[i]));
       }
     }
   }

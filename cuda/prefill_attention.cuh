@@ -96,9 +96,10 @@ __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, con
       for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
       const int row = first + 2 * q + i, head = kv_head * kGroup + row % kGroup;
       if (2 * q + i >= rows) continue;
+      u8* to = reinterpret_cast<u8*>(out.element(row / kGroup, head * kHeadDim + g));
 #pragma unroll
       for (int d = 0; d < kHeadDim / 8; d++)
-        *out.element(row / kGroup, head * kHeadDim + d * 8 + g) = (u16)round_pair<m.bf16()>(__fdividef(run.out[d / 2][d % 2 * 2 + i], sum), 0.0f);
+        *reinterpret_cast<u16*>(to + out.rows_further(d)) = (u16)round_pair<m.bf16()>(__fdividef(run.out[d / 2][d % 2 * 2 + i], sum), 0.0f);
     }
   }
 }
