@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,8 @@ _COMMON_FLAGS = (
     # Reinterpreted shared memory is normal in device code; sums must not depend on the CPU.
     *("-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno"),
 )
+# Of blocks, by their number of threads: addresses that all modules share. See fiber.h.
+_idle_stacks: defaultdict[int, list[int]] = defaultdict(list)
 _SANITIZER_FLAGS: Mapping[str | None, tuple[str, ...]] = {
     None: (),
     "thread": ("-fsanitize=thread", "-g1"),
@@ -98,6 +101,7 @@ class EmulatedModule:
         flags = (f"-O{optimize}", *_SANITIZER_FLAGS[sanitizer], *(f"-D{name}" for name in defines))
         self.path = _compile(source + _trampolines(self.kernels), flags, sanitizer)
         self._library = ctypes.CDLL(str(self.path))
+        self._library.emulated_new_stacks.restype = ctypes.c_void_p
 
     def launch(
         self,
@@ -133,6 +137,10 @@ class EmulatedModule:
         image = args.tobytes()
         self._check_size(kernel, len(image))
         report = ctypes.create_string_buffer(_REPORT_BYTES)
+        idle = _idle_stacks[threads]
+        stacks = [
+            idle.pop() if idle else self._library.emulated_new_stacks(threads) for _ in range(grid)
+        ]
         status = self._library.emulated_launch(
             getattr(self._library, f"emulated_kernel_{kernel}"),
             image,
@@ -146,7 +154,9 @@ class EmulatedModule:
             ctypes.c_int(allow_unlanded),
             report,
             ctypes.c_uint64(_REPORT_BYTES),
+            (ctypes.c_void_p * grid)(*stacks),
         )
+        idle += filter(None, stacks)
         if status != 0:
             raise EmulatorError(f"kernel {kernel}: {report.value.decode(errors='replace')}")
 
