@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -157,6 +158,7 @@ def models() -> list[RandomModel]:
     ]
 
 
+@cache
 def source() -> str:
     """The source of the first of the models."""
     model = models()[0]

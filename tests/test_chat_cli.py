@@ -101,7 +101,9 @@ def test_help_tells_the_commands() -> None:
 # An answer that goes on until it is stopped, and says an escape code at the start. It waits after
 # <3> for the interrupt, so that no clock decides how far it gets.
 SLOW_ANSWERS = """
-import dataclasses, fcntl, sys, termios, threading
+import dataclasses, fcntl, signal, sys, termios, threading
+# A shell starts what it puts into the background with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # a terminal of its own: Ctrl-C typed there is a signal here
 import minflash.llm
 from minflash.cli import main

@@ -7,13 +7,11 @@ marked slow and run with the variable MINFLASH_COMPILE_ALL set.
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -82,18 +80,12 @@ def compile_one(build: Build) -> str:
     return str(nvrtc.getProgramLog(unit))
 
 
-def in_another_process(build: Build) -> str:
-    """NVRTC takes the threads of one process by turns."""
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(build)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def log_of(request: pytest.FixtureRequest) -> Iterator[Callable[[Build], str]]:
-    """Compiles what the session selected, as many at a time as there are processors."""
+    """Compiles what the session selected, as many at a time as there are processors.
+
+    In processes, as NVRTC takes the threads of one by turns.
+    """
     selected = [
         item.callspec.params["build"]
         for item in request.session.items
@@ -101,11 +93,10 @@ def log_of(request: pytest.FixtureRequest) -> Iterator[Callable[[Build], str]]:
         and hasattr(item, "callspec") and "build" in item.callspec.params
         and not ("slow" in item.keywords and "MINFLASH_COMPILE_ALL" not in os.environ)
     ]  # fmt: skip
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        logs: dict[Build, Future[str]] = {b: pool.submit(in_another_process, b) for b in selected}
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        logs: dict[Build, Future[str]] = {b: pool.submit(compile_one, b) for b in selected}
         yield lambda build: logs[build].result()
-        for future in logs.values():
-            future.cancel()
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -124,7 +115,3 @@ def test_every_shape_meets_two_architectures() -> None:
     assert [card for card, _, _ in CHOSEN] == list(CARDS)
     shapes = [shape for _, shape, _ in CHOSEN]
     assert all(shapes.count(shape) >= 2 for shape in shapes)
-
-
-if __name__ == "__main__":
-    print(compile_one(Build(*json.loads(sys.argv[1]))))

@@ -160,13 +160,14 @@ def test_the_second_turn_of_a_conversation_starts_at_once() -> None:
     config = model_config(dim=192, hidden_dim=512, n_layers=4, max_context=2048)
     engine = CpuEngine(cast(Checkpoint, RandomModel(config, "bf16", seed=1)), 2048)
     prompt = np.random.default_rng(0).integers(0, 331, 1900).tolist()
-    seconds = []
-    for tokens in (prompt, [*prompt, 1, 2, 3]):
+    forwarded, seconds = [], []
+    for turn in ([], [1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]):
         begin, before = time.perf_counter(), engine.forwarded
-        next(engine.tokens(tokens, GREEDY, 1))
+        next(engine.tokens([*prompt, *turn], GREEDY, 1))
         seconds.append(time.perf_counter() - begin)
-    assert engine.forwarded - before == 3
-    assert seconds[1] < seconds[0] / 10
+        forwarded.append(engine.forwarded - before)
+    assert forwarded == [1900, 3, 3, 3, 3]
+    assert min(seconds[1:]) < seconds[0] / 10  # other programs may have had one's time
 
 
 # Saved states

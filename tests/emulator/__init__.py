@@ -6,6 +6,7 @@ kept strict on purpose. Device pointers in launch arguments are addresses of Num
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -15,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from minflash.cache import file_lock
 
 Sanitizer = Literal["thread", "address"]
 Order = Literal["forward", "reverse", "random"]
@@ -41,6 +45,8 @@ _COMMON_FLAGS = (
     # Reinterpreted shared memory is normal in device code; sums must not depend on the CPU.
     *("-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno"),
 )
+# Of blocks, by their number of threads: addresses that all modules share. See fiber.h.
+_idle_stacks: defaultdict[int, list[int]] = defaultdict(list)
 _SANITIZER_FLAGS: Mapping[str | None, tuple[str, ...]] = {
     None: (),
     "thread": ("-fsanitize=thread", "-g1"),
@@ -95,6 +101,7 @@ class EmulatedModule:
         flags = (f"-O{optimize}", *_SANITIZER_FLAGS[sanitizer], *(f"-D{name}" for name in defines))
         self.path = _compile(source + _trampolines(self.kernels), flags, sanitizer)
         self._library = ctypes.CDLL(str(self.path))
+        self._library.emulated_new_stacks.restype = ctypes.c_void_p
 
     def launch(
         self,
@@ -130,6 +137,10 @@ class EmulatedModule:
         image = args.tobytes()
         self._check_size(kernel, len(image))
         report = ctypes.create_string_buffer(_REPORT_BYTES)
+        idle = _idle_stacks[threads]
+        stacks = [
+            idle.pop() if idle else self._library.emulated_new_stacks(threads) for _ in range(grid)
+        ]
         status = self._library.emulated_launch(
             getattr(self._library, f"emulated_kernel_{kernel}"),
             image,
@@ -143,7 +154,9 @@ class EmulatedModule:
             ctypes.c_int(allow_unlanded),
             report,
             ctypes.c_uint64(_REPORT_BYTES),
+            (ctypes.c_void_p * grid)(*stacks),
         )
+        idle += filter(None, stacks)
         if status != 0:
             raise EmulatorError(f"kernel {kernel}: {report.value.decode(errors='replace')}")
 
@@ -260,19 +273,32 @@ def _cached(key_parts: Sequence[str], suffix: str) -> tuple[Path, bool]:
         return path, True
     cache_folder().mkdir(parents=True, exist_ok=True)
     for old in cache_folder().iterdir():
-        if old.stat().st_mtime < time.time() - _CACHE_DAYS * 86400:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process has removed it, or compiles in it
+            if old.stat().st_mtime < time.time() - _CACHE_DAYS * 86400:
+                old.unlink()
     return path, False
+
+
+@contextlib.contextmanager
+def _made_once(path: Path) -> Iterator[Path | None]:
+    """A folder to compile in, or None if another process has made ``path`` in the meantime."""
+    with file_lock(path.with_suffix(".lock")):
+        if path.exists():
+            yield None
+        else:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                yield Path(folder)
 
 
 def _compile(source: str, flags: Sequence[str], sanitizer: Sanitizer | None) -> Path:
     path, ready = _cached((source, *flags, "runtime", *_runtime_flags(sanitizer)), ".so")
     if not ready:
         runtime = _compile_runtime(sanitizer)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            text = Path(folder, "kernel.cpp")
-            text.write_text(source)
-            _run_compiler([*flags, "-shared", str(text), str(runtime)], Path(folder, "out"), path)
+        with _made_once(path) as folder:
+            if folder:
+                text = folder / "kernel.cpp"
+                text.write_text(source)
+                _run_compiler([*flags, "-shared", str(text), str(runtime)], folder / "out", path)
     return path
 
 
@@ -287,9 +313,10 @@ def _compile_runtime(sanitizer: Sanitizer | None) -> Path:
     flags = _runtime_flags(sanitizer)
     path, ready = _cached(flags, ".o")
     if not ready:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            source = FOLDER / "emulated_runtime.cpp"
-            _run_compiler([*flags, "-c", str(source)], Path(folder, "out"), path)
+        with _made_once(path) as folder:
+            if folder:
+                source = FOLDER / "emulated_runtime.cpp"
+                _run_compiler([*flags, "-c", str(source)], folder / "out", path)
     return path
 
 

@@ -62,6 +62,7 @@ struct Launch {
   u64 seed, timeout_ns;
   bool allow_unlanded;
   u32 eager;                                        // chance (of 2^32) that a copy lands although somebody can run
+  char* const* stacks;                              // [grid], of emulated_new_stacks
   std::vector<Block*> blocks;
   std::atomic<bool> failed{false}, deadlock{false};
 };

@@ -164,7 +164,7 @@ static void name_fiber(const Fiber& f) {
 #endif
 
 static void run_block(Block& b) {
-  Stacks stacks(b.launch.threads);
+  const Stacks stacks{b.launch.stacks[b.index], b.launch.threads};
   std::unique_ptr<u8, void (*)(void*)> smem(new_smem(b.launch.smem_bytes), free);
   if (stacks.base == nullptr || smem == nullptr) {
     snprintf(b.message, sizeof(b.message), "block %u: no memory for %u fibers", b.index, b.launch.threads);
@@ -202,18 +202,23 @@ static void run_block(Block& b) {
 
 }  // namespace emulated
 
+// Stacks for one block of so many threads, or null.
+extern "C" __attribute__((visibility("default"))) void* emulated_new_stacks(unsigned threads) {
+  return emulated::Stacks::map(threads);
+}
+
 // Runs a kernel to its end. Returns 0, or 1 with a report.
 extern "C" __attribute__((visibility("default"))) int emulated_launch(
     void (*kernel)(const void*), const void* args, unsigned long long args_bytes, unsigned grid, unsigned threads,
     unsigned long long smem_bytes, int order, unsigned long long seed, double timeout_s, int allow_unlanded, char* report,
-    unsigned long long report_bytes) {
+    unsigned long long report_bytes, char* const* stacks) {
   using namespace emulated;
   struct alignas(128) Line { u8 byte[128]; };
   std::vector<Line> aligned(args_bytes / sizeof(Line) + 1);
   memcpy(aligned.data(), args, args_bytes);
   const u32 eager = (const u32[]){0, 1u << 29, 1u << 31}[seed % 3];
   const u64 timeout_ns = (u64)(timeout_s * 1e9);
-  Launch launch{kernel, aligned.data(), grid, threads, smem_bytes, Order(order), seed, timeout_ns, allow_unlanded != 0, eager, {}};
+  Launch launch{kernel, aligned.data(), grid, threads, smem_bytes, Order(order), seed, timeout_ns, allow_unlanded != 0, eager, stacks, {}};
   std::vector<std::unique_ptr<Block>> blocks;
   for (u32 i = 0; i < grid; i++) blocks.push_back(std::make_unique<Block>(launch, i)), launch.blocks.push_back(blocks[i].get());
   std::vector<std::thread> running;

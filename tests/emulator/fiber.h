@@ -155,22 +155,21 @@ inline void switch_context(Context& from, Context& to, [[maybe_unused]] bool las
   ASAN(__sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr));
 }
 
-// One mapping for the stacks of a block, a page without access below each.
+// The stacks of a block: one mapping, a page without access below each. Making one takes as long as a small launch,
+// so they are kept for the next launch, of whichever module.
 struct Stacks {
-  size_t guard = (size_t)sysconf(_SC_PAGESIZE), count, total;
   char* base;
-  explicit Stacks(size_t n) : count(n), total(n * (kStackBytes + guard)) {
-    void* p = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    base = p == MAP_FAILED ? nullptr : static_cast<char*>(p);
-    for (size_t i = 0; base != nullptr && i < n; i++) mprotect(base + i * (kStackBytes + guard), guard, PROT_NONE);
+  size_t count;
+  static size_t guard() { return (size_t)sysconf(_SC_PAGESIZE); }
+  static char* map(size_t n) {
+    const size_t each = kStackBytes + guard();
+    void* p = mmap(nullptr, n * each, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return nullptr;
+    for (size_t i = 0; i < n; i++) mprotect(static_cast<char*>(p) + i * each, guard(), PROT_NONE);
+    return static_cast<char*>(p);
   }
-  char* stack(size_t i) const { return base + i * (kStackBytes + guard) + guard; }
-  ~Stacks() {
-    if (base == nullptr) return;
-    ASAN(__asan_unpoison_memory_region(base, total));
-    munmap(base, total);
-  }
-  Stacks(const Stacks&) = delete;
+  char* stack(size_t i) const { return base + i * (kStackBytes + guard()) + guard(); }
+  ~Stacks() { ASAN(__asan_unpoison_memory_region(base, base == nullptr ? 0 : count * (kStackBytes + guard()))); }
 };
 
 }  // namespace emulated
