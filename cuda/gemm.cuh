@@ -157,8 +157,8 @@ __device__ void multiply(const u8* weights, const Operand<m>& x, int n_columns, 
   };
   pipeline<S::kStages, S::kBytes>(
       dynamic_smem(), mine * S::kSteps,
-      [&](u8* stage, int) {
-        load_stage<m, s>(stage, weights, x, loading, n_columns);
+      [&](u8* stage, int, u64* landed) {
+        load_stage<m, s>(stage, landed, weights, x, loading, n_columns);
         loading.next(S::kSteps);
       },
       [&](const u8* stage, int) {

@@ -127,6 +127,7 @@ __device__ void read_chunk(const StepArgs& args) {
     red_add(at + 1, v.y);
   };
 
+  gemm::init_pipelines();
   embed(args.weights + tensors::embed.offset, work.tokens(), work.residual(), n);
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {

@@ -12,7 +12,7 @@ using attention::kHeadDim;
 template <bool kFew>
 constexpr int kRowWarps = kFew ? 2 : kWarps;
 constexpr int kQueryBytes = kWarps * attention::kRows * attention::kQueryStride;
-constexpr int kRoom = (kSharedBytes - kQueryBytes) / attention::kBlockBytes;
+constexpr int kRoom = (gemm::kStageRoom - kQueryBytes) / attention::kBlockBytes;
 constexpr int kBlocks = kRoom >= 3 * 8 ? 8 : 4;  // of positions: of a stage, and what a warp attends to at once
 constexpr int kStages = smaller(4, kRoom / kBlocks);
 static_assert(kStages >= 2, "queries and two stages must fit into shared memory");
@@ -79,10 +79,11 @@ __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, con
     attention::Running run;
     gemm::pipeline<kStages, kBlocks * attention::kBlockBytes>(
         dynamic_smem() + kQueryBytes, ceil_div(end - begin, kBlocks),
-        [&](u8* stage, int i) {
+        [&](u8* stage, int i, u64* landed) {
           const int block = begin + i * kBlocks;
-          gemm::copy<kBlocks * attention::kBlockBytes>(stage, cache + attention::block_offset(kv_head, block, args.max_blocks),
-                                                       smaller(kBlocks, end - block) * attention::kBlockBytes);
+          constexpr int kBytes = attention::kBlockBytes;
+          gemm::begin_copies(landed, gemm::Runs<kBlocks, kBytes, kBytes>{stage, cache + attention::block_offset(kv_head, block, args.max_blocks),
+                                                                         smaller(kBlocks, end - block), kBytes});
         },
         [&](const u8* stage, int i) {
           const int from = (begin + i * kBlocks) * 16;

@@ -1,5 +1,5 @@
 // How Y = W X is cut for many columns of X: tiles of Y a block, whose weights and columns pass through stages of
-// shared memory, which all threads fill with cp.async.
+// shared memory.
 #pragma once
 #include "tensor.cuh"
 #include "sync.cuh"
@@ -12,6 +12,11 @@ struct Shape {
   __device__ constexpr int warp_blocks() const { return row_blocks / warps_down; }
   __device__ constexpr int warp_columns() const { return columns * warps_down / kWarps; }
 };
+
+// Shared memory: stages, then for bulk copies a barrier for each of them and the barriers' parities.
+constexpr int kMostStages = 8, kStageRoom = kSharedBytes - 8 * (kMostStages + 2);
+__device__ __forceinline__ u64* landed_barriers() { return reinterpret_cast<u64*>(dynamic_smem() + kStageRoom); }
+__device__ __forceinline__ u32& kept_parities() { return *reinterpret_cast<u32*>(landed_barriers() + kMostStages); }
 
 constexpr int kOperandColumns = 128;  // of a tile of X in device memory
 constexpr Shape kWide{8, kOperandColumns, 4};
@@ -66,10 +71,8 @@ struct Operand {
 // One step along the rows of X, in shared memory: weights [row block][tile], columns as in Operand, sums.
 template <Matrix m, Shape s>
 struct Stage {
-  // About as many of m's columns: 128 where three stages fit, for each stage costs a barrier, and where the copies'
-  // addresses leave registers for the sums.
-  static constexpr bool kLong = 3 * 128 * 2 * (16 * s.row_blocks + s.columns) <= kSharedBytes && (m.group == 0 || s.columns == kFewColumns);
-  static constexpr int kCols = kLong ? 128 : 64;
+  // About as many of m's columns: 128 where three stages fit, for each stage costs a barrier.
+  static constexpr int kCols = 3 * 128 * 2 * (16 * s.row_blocks + s.columns) <= kStageRoom ? 128 : 64;
   static constexpr int kTiles = m.tile_cols() < kCols ? kCols / m.tile_cols() : 1;
   static constexpr int kBlockBytes = kTiles * m.tile_bytes();
   static constexpr int kX = s.row_blocks * kBlockBytes;  // offsets
@@ -77,40 +80,87 @@ struct Stage {
   static constexpr int kTileGroups = m.has_sums() ? m.tile_cols() / m.group : 0;
   static constexpr int kBytes = kSums + kTiles * kTileGroups * s.columns * 4;
   static constexpr int kSteps = ceil_div(m.tiles(), kTiles);  // of a tile of Y
-  static constexpr int kStages = smaller(8, kSharedBytes / kBytes);
+  static constexpr int kStages = smaller(kMostStages, kStageRoom / kBytes);
   static_assert(kStages >= 2, "copying and computing need a stage each");
 };
 
-// `bytes` bytes, a multiple of 16, by all threads of the block.
-template <int kMost>
-__device__ __forceinline__ void copy(u8* to, const u8* from, int bytes) {
+// The first `count` of kCount runs of kMost bytes, kStride bytes apart in device memory: of each the first `bytes`, a
+// multiple of 16.
+template <int kCount, int kMost, int kStride>
+struct Runs {
+  static_assert(kCount <= 32, "a lane copies one run");
+  u8* to;
+  const u8* from;
+  int count, bytes;
+  __device__ __forceinline__ u32 bytes_of_lane() const { return int(threadIdx.x) < count ? bytes : 0; }
+  __device__ __forceinline__ void copy_whole(u64* landed) const {
+    if (int(threadIdx.x) < count) cp_async_bulk(to + threadIdx.x * kMost, from + threadIdx.x * kStride, bytes, landed);
+  }
+  __device__ __forceinline__ void copy_by_all() const {
 #pragma unroll
-  for (int i = 0; i < ceil_div(kMost, kConsumers * 16); i++) {
-    const int at = (i * kConsumers + threadIdx.x) * 16;
-    if (at < bytes) cp_async_16(to + at, from + at);
+    for (int i = 0; i < ceil_div(kCount * kMost, kConsumers * 16); i++) {
+      const int at = (i * kConsumers + threadIdx.x) * 16, run = at / kMost, in_run = at % kMost;
+      if (at < count * kMost && in_run < bytes) cp_async_16(to + at, from + run * kStride + in_run);
+    }
+  }
+};
+
+// Begins to fill a stage: the first warp by bulk copies, or all threads.
+template <class... Parts>
+__device__ __forceinline__ void begin_copies(u64* landed, const Parts&... parts) {
+  if constexpr (kBulkCopy) {
+    if (threadIdx.x >= 32) return;
+    mbarrier_arrive_expect_tx(landed, (parts.bytes_of_lane() + ...));
+    (parts.copy_whole(landed), ...);
+  } else {
+    (parts.copy_by_all(), ...);
+    cp_async_commit_group();
   }
 }
 
-// Runs `count` stages through shared memory: load(stage, i) starts copies, use(stage, i) reads what landed.
+// Before the first pipeline.
+__device__ __forceinline__ void init_pipelines() {
+  if (!kBulkCopy) return;
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int s = 0; s < kMostStages; s++) mbarrier_init(landed_barriers() + s, 32);
+    kept_parities() = 0;
+    fence_mbarrier_init();
+  }
+  sync_consumers();  // publishes the barriers
+}
+
+// Runs `count` stages through shared memory: load(stage, i, landed) calls begin_copies(), use(stage, i) reads what landed.
 // Nobody may use that memory before, and nobody does after.
 template <int kStages, int kBytes, class Load, class Use>
 __device__ __forceinline__ void pipeline(u8* memory, int count, Load load, Use use) {
+  u64* const landed = landed_barriers();
+  u32 parities = kBulkCopy ? kept_parities() : 0;  // a bit for each stage
+  const auto fill = [&](int stage, int i) {
+    if (i < count) load(memory + stage * kBytes, i, landed + stage);
+    else if (!kBulkCopy) cp_async_commit_group();  // groups are counted
+  };
+  if (kBulkCopy && threadIdx.x < 32) fence_proxy_async_global();  // the copies see what the grid's barrier published
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; i++) {
-    if (i < count) load(memory + i * kBytes, i);
-    cp_async_commit_group();
-  }
+  for (int i = 0; i < kStages - 1; i++) fill(i, i);
   int reading = 0, filling = kStages - 1;
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
-    cp_async_wait_group<kStages - 2>();
+    if constexpr (kBulkCopy) {
+      while (!mbarrier_try_wait_parity(landed + reading, parities >> reading & 1)) {
+      }
+      parities ^= 1u << reading;
+    } else {
+      cp_async_wait_group<kStages - 2>();
+    }
     sync_consumers();  // publishes stage i; stage i - 1 may be overwritten
-    if (i + kStages - 1 < count) load(memory + filling * kBytes, i + kStages - 1);
-    cp_async_commit_group();
+    fill(filling, i + kStages - 1);
     use(memory + reading * kBytes, i);
     if (++reading == kStages) reading = 0;
     if (++filling == kStages) filling = 0;
   }
+  if (kBulkCopy && count > 0 && threadIdx.x == 0) kept_parities() = parities;  // all have read them
+  fence_proxy_async_shared();  // later copies come after what threads wrote
   sync_consumers();  // all stages may be overwritten
 }
 
@@ -128,45 +178,27 @@ struct Place {
   __device__ __forceinline__ void find() { row_tile = tile / column_tiles, column_tile = tile - row_tile * column_tiles; }
 };
 
-// Of the first `runs` of kRuns runs of kMost bytes, kStride bytes apart, `bytes` each: a multiple of 16. By all threads.
-template <int kRuns, int kMost, int kStride>
-__device__ __forceinline__ void copy_runs(u8* to, const u8* from, int runs, int bytes) {
-#pragma unroll
-  for (int i = 0; i < ceil_div(kRuns * kMost, kConsumers * 16); i++) {
-    const int at = (i * kConsumers + threadIdx.x) * 16, run = at / kMost, in_run = at % kMost;
-    if (at < runs * kMost && in_run < bytes) cp_async_16(to + at, from + run * kStride + in_run);
-  }
-}
-
 // What is not there is computed with and dropped: rows past the last one, columns from n_columns on. Of few columns
 // only those that are there are copied.
 template <Matrix m, Shape s>
-__device__ __forceinline__ void load_stage(u8* stage, const u8* weights, const Operand<m>& x, const Place& place, int n_columns) {
+__device__ __forceinline__ void load_stage(u8* stage, u64* landed, const u8* weights, const Operand<m>& x, const Place& place, int n_columns) {
   using S = Stage<m, s>;
   using O = Operand<m>;
-  constexpr bool kWholeSteps = m.tiles() % S::kTiles == 0, kWholeTiles = m.row_blocks() % s.row_blocks == 0;
-  const int first = place.step * S::kTiles, tiles = kWholeSteps ? S::kTiles : smaller(S::kTiles, m.tiles() - first);
-  constexpr int kVectors = S::kBlockBytes / 16, kCopies = s.row_blocks * kVectors;
-  const u8* from = weights + (u64)place.row_tile * (s.row_blocks * m.row_block_bytes()) + first * m.tile_bytes();
-  u8* to = stage + threadIdx.x * 16;
-  constexpr bool kEven = kConsumers % kVectors == 0;  // a threadIdx.x's copies are whole row blocks apart
-  if (kEven) from += threadIdx.x / kVectors * m.row_block_bytes() + threadIdx.x % kVectors * 16;
-#pragma unroll
-  for (int i = 0; i < ceil_div(kCopies, kConsumers); i++) {
-    const int at = i * kConsumers + threadIdx.x, block = at / kVectors, vector = at % kVectors;
-    if ((kCopies % kConsumers == 0 || at < kCopies) && (kWholeSteps || vector < tiles * m.tile_bytes() / 16) &&
-        (kWholeTiles || place.row_tile * s.row_blocks + block < m.row_blocks()))
-      cp_async_16(to + i * kConsumers * 16,
-                  from + (kEven ? i * (kConsumers / kVectors) * m.row_block_bytes() : block * m.row_block_bytes() + vector * 16));
+  const int first = place.step * S::kTiles, tiles = m.tiles() % S::kTiles ? smaller(S::kTiles, m.tiles() - first) : S::kTiles;
+  const int row_block = place.row_tile * s.row_blocks, columns = s.columns == kFewColumns ? (n_columns + 15) / 16 * 16 : s.columns;
+  constexpr int kSlices = m.tile_cols() / 32;  // of a tile
+  const Runs<s.row_blocks, S::kBlockBytes, m.row_block_bytes()> rows{
+      stage, weights + (u64)row_block * m.row_block_bytes() + first * m.tile_bytes(), smaller(s.row_blocks, m.row_blocks() - row_block),
+      tiles * m.tile_bytes()};
+  const Runs<S::kTiles * kSlices, s.columns * 64, kOperandColumns * 64> slices{
+      stage + S::kX, x.x + (u64)place.column_tile * O::kTileBytes + first * kSlices * kOperandColumns * 64, tiles * kSlices, columns * 64};
+  if constexpr (m.has_sums()) {
+    const float* sums = x.sums + (place.column_tile * O::kGroups + first * S::kTileGroups) * kOperandColumns;
+    const Runs<S::kTiles * S::kTileGroups, s.columns * 4, kOperandColumns * 4> groups{
+        stage + S::kSums, reinterpret_cast<const u8*>(sums), tiles * S::kTileGroups, columns * 4};
+    begin_copies(landed, rows, slices, groups);
+  } else {
+    begin_copies(landed, rows, slices);
   }
-  const int columns = s.columns == kFewColumns ? (n_columns + 15) / 16 * 16 : s.columns;
-  constexpr int kSlices = S::kTiles * m.tile_cols() / 32, kGroups = S::kTiles * S::kTileGroups;
-  const int slices = kWholeSteps ? kSlices : tiles * (m.tile_cols() / 32), groups = kWholeSteps ? kGroups : tiles * S::kTileGroups;
-  const u8* tile = x.x + (u64)place.column_tile * O::kTileBytes;
-  copy_runs<kSlices, s.columns * 64, kOperandColumns * 64>(stage + S::kX, tile + first * (m.tile_cols() / 32) * kOperandColumns * 64, slices, columns * 64);
-  if constexpr (m.has_sums())
-    copy_runs<kGroups, s.columns * 4, kOperandColumns * 4>(
-        stage + S::kSums, reinterpret_cast<const u8*>(x.sums + (place.column_tile * O::kGroups + first * S::kTileGroups) * kOperandColumns), groups,
-        columns * 4);
 }
 }  // namespace gemm

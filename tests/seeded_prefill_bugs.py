@@ -36,15 +36,15 @@ MARK = "namespace prompt"  # in the source of this kernel alone
 KINDS = ("grid barrier", "barrier of a block", "barrier of a warp")
 
 BUGS = (
-    Bug("stages: nobody waits for copies", r"cp_async_wait_group<kStages - 2>\(\);"),
-    Bug("stages: one copy too many may be on its way", r"cp_async_wait_group<kStages - 2>", "cp_async_wait_group<kStages - 1>"),
+    Bug("stages: nobody waits for copies", r"while \(!mbarrier_try_wait_parity\(landed \+ reading, parities >> reading & 1\)\) \{\s*\}"),
+    Bug("stages: the second copy is not waited for", r"parities \^= 1u << reading;"),
     Bug("stages: the one that is read is filled", r"filling = kStages - 1;", "filling = 0;"),
     Bug("products: sums go on into the next tile", r"low\[c\] = low\[c \+ 1\] = high\[c\] = high\[c \+ 1\] = 0;"),
     Bug("products: sums of columns are those of the first half", r" \+ c / 2 \* 8\];", "];"),
     Bug("products: the high nibbles count 16-fold", r"i / 2 \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
-    Bug("attention: a position too many", r"position <= own &&", "position <= own + 1 &&"),
-    Bug("attention: the window is one too wide", r"position > own - window\)", "position >= own - window)"),
-    Bug("attention: the last block is left out", r"from > last\) break", "from + 16 > last) break"),
+    Bug("attention: a position too many", r"smaller\(own, last\)", "smaller(own + 1, last)"),
+    Bug("attention: the window is one too wide", r"own - window : -1", "own - window - 1 : -1"),
+    Bug("attention: the last block is left out", r"\(last - from\) / 16 \+ 1", "(last - from) / 16"),
     Bug("the residual is stored, not added", r"red_add\(at, v\.x\);", "*at = v.x;"),
 )  # fmt: skip
 
