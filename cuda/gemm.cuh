@@ -9,7 +9,7 @@ namespace gemm {
 template <int kTiles, int kBlocks>
 using Sums = float[kTiles][kBlocks][2][4];
 template <Shape s>
-using WarpSums = Sums<s.warp_columns() / 16, s.warp_blocks()>;
+using WarpSums = Sums<s.warp_columns / 16, s.warp_blocks()>;
 
 // A lane's weights of a slice of one row block: 8 consecutive columns of rows g and g + 8, as pairs.
 struct Weights { uint4 low, high; };
@@ -88,7 +88,7 @@ __device__ __forceinline__ Scales load_scales(const u8* tile, int group) {
 // x: this lane's of the group's first slice; x_sums: of column g.
 template <Matrix m, Shape s>
 __device__ __forceinline__ void multiply_group(WarpSums<s>& sums, const u8* tile, int group, const u8* x, const float* x_sums) {
-  constexpr int kAll = s.warp_columns() / 16, kTiles = smaller(kAll, 2), kBlocks = s.warp_blocks(), kBlockBytes = Stage<m, s>::kBlockBytes;
+  constexpr int kAll = s.warp_columns / 16, kTiles = smaller(kAll, 2), kBlocks = s.warp_blocks(), kBlockBytes = Stage<m, s>::kBlockBytes;
 #pragma unroll
   for (int first = 0; first < kAll; first += kTiles) {
     Sums<kTiles, kBlocks> part = {};
@@ -114,7 +114,7 @@ template <Matrix m, Shape s>
 __device__ __forceinline__ void multiply_stage(WarpSums<s>& sums, const u8* stage, int tiles) {
   using S = Stage<m, s>;
   constexpr int kSlices = m.tile_cols() / 32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp / s.warps_down * s.warp_columns();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp / s.warps_down * s.warp_columns;
   const u8* weights = stage + warp % s.warps_down * s.warp_blocks() * S::kBlockBytes;
   const u8* x = stage + S::kX + column * 64 + lane * 16;
   const float* x_sums = reinterpret_cast<const float*>(stage + S::kSums) + column + lane / 4;
@@ -147,7 +147,7 @@ __device__ void multiply(const u8* weights, const Operand<m>& x, int n_columns, 
   WarpSums<s> sums = {};
   const auto finish = [&](int row_block, int first_column) {
 #pragma unroll
-    for (int i = 0; i < s.warp_columns() / 8 * kBlocks; i++) {
+    for (int i = 0; i < s.warp_columns / 8 * kBlocks; i++) {
       const int t = i / (2 * kBlocks), b = i / 2 % kBlocks, c = i % 2 * 2, column = first_column + t * 16 + i % 2 * 8 + g;
       float(&low)[4] = sums[t][b][0], (&high)[4] = sums[t][b][1];
       if (row_block + b < m.row_blocks() && column < n_columns)
@@ -163,7 +163,7 @@ __device__ void multiply(const u8* weights, const Operand<m>& x, int n_columns, 
       },
       [&](const u8* stage, int) {
         const int row_block = at.row_tile * s.row_blocks + warp % s.warps_down * kBlocks;
-        const int first_column = at.column_tile * s.columns + warp / s.warps_down * s.warp_columns();
+        const int first_column = at.column_tile * s.columns + warp / s.warps_down * s.warp_columns;
         if (row_block < m.row_blocks() && first_column < n_columns) {
           multiply_stage<m, s>(sums, stage, smaller(S::kTiles, m.tiles() - at.step * S::kTiles));
           if (at.step + 1 == S::kSteps) finish(row_block, first_column);

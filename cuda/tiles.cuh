@@ -9,8 +9,8 @@ namespace gemm {
 struct Shape {
   int row_blocks, columns;  // row blocks of 16 rows
   int warps_down;           // warps that share their columns
+  int warp_columns;         // warps past the last column only copy
   __device__ constexpr int warp_blocks() const { return row_blocks / warps_down; }
-  __device__ constexpr int warp_columns() const { return columns * warps_down / kWarps; }
 };
 
 // Shared memory: stages, then for bulk copies a barrier for each of them and the barriers' parities.
@@ -19,21 +19,21 @@ __device__ __forceinline__ u64* landed_barriers() { return reinterpret_cast<u64*
 __device__ __forceinline__ u32& kept_parities() { return *reinterpret_cast<u32*>(landed_barriers() + kMostStages); }
 
 constexpr int kOperandColumns = 128;  // of a tile of X in device memory
-constexpr Shape kWide{8, kOperandColumns, 4};
-static_assert(kWarps % kWide.warps_down == 0 && kWide.warp_columns() % 32 == 0, "warps must tile 128 rows by 128 columns");
+constexpr Shape kWide{8, kOperandColumns, 4, kOperandColumns * 4 / kWarps};
+static_assert(kWarps % kWide.warps_down == 0 && kWide.warp_columns % 32 == 0, "warps must tile 128 rows by 128 columns");
 
 // For few columns the rows are dealt to all blocks, so that all of them read weights.
 constexpr int kFewColumns = 64;
 template <bool kFew, Matrix m>
 __device__ constexpr Shape shape() {
   if (!kFew) return kWide;
-  constexpr int kDown = kWarps * 16 / kFewColumns;  // a warp has 16 columns
+  constexpr int kDown = kWarps * 16 / kFewColumns;
   Shape best{};
   int least = 0;
-  for (int blocks = kDown; blocks <= 4 * kDown; blocks *= 2) {
+  for (int blocks = 1; blocks <= 4 * kDown; blocks *= 2) {
     const int rounds = ceil_div(ceil_div(m.row_blocks(), blocks), kGrid);
     const int cost = rounds * (blocks * 16 + kFewColumns / 2);  // what tiles read: weights, and columns from L2
-    if (least == 0 || cost < least) least = cost, best = {blocks, kFewColumns, kDown};
+    if (least == 0 || cost < least) least = cost, best = {blocks, kFewColumns, smaller(blocks, kDown), 16};
   }
   return best;
 }
@@ -71,8 +71,9 @@ struct Operand {
 // One step along the rows of X, in shared memory: weights [row block][tile], columns as in Operand, sums.
 template <Matrix m, Shape s>
 struct Stage {
-  // About as many of m's columns: 128 where three stages fit, for each stage costs a barrier.
-  static constexpr int kCols = 3 * 128 * 2 * (16 * s.row_blocks + s.columns) <= kStageRoom ? 128 : 64;
+  // About as many of m's columns, so that three stages fit: each costs a barrier.
+  static constexpr int kMostCols = kStageRoom / (3 * 2 * (16 * s.row_blocks + s.columns));
+  static constexpr int kCols = kMostCols >= 256 ? 256 : kMostCols >= 128 ? 128 : 64;
   static constexpr int kTiles = m.tile_cols() < kCols ? kCols / m.tile_cols() : 1;
   static constexpr int kBlockBytes = kTiles * m.tile_bytes();
   static constexpr int kX = s.row_blocks * kBlockBytes;  // offsets
@@ -88,13 +89,20 @@ struct Stage {
 // multiple of 16.
 template <int kCount, int kMost, int kStride>
 struct Runs {
-  static_assert(kCount <= 32, "a lane copies one run");
   u8* to;
   const u8* from;
   int count, bytes;
-  __device__ __forceinline__ u32 bytes_of_lane() const { return int(threadIdx.x) < count ? bytes : 0; }
-  __device__ __forceinline__ void copy_whole(u64* landed) const {
-    if (int(threadIdx.x) < count) cp_async_bulk(to + threadIdx.x * kMost, from + threadIdx.x * kStride, bytes, landed);
+  // Bulk copies: a warp has every kWarps-th run, from its number on.
+  __device__ __forceinline__ u32 bytes_of(int warp) const {
+    u32 sum = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; i += kWarps) sum += i + warp < count ? bytes : 0;
+    return sum;
+  }
+  __device__ __forceinline__ void copy_of(int warp, u64* landed) const {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kWarps)
+      if (i + warp < count) cp_async_bulk(to + (i + warp) * kMost, from + (i + warp) * kStride, bytes, landed);
   }
   __device__ __forceinline__ void copy_by_all() const {
 #pragma unroll
@@ -105,29 +113,27 @@ struct Runs {
   }
 };
 
-// Begins to fill a stage: the first warp by bulk copies, or all threads.
+// Begins to fill a stage: a lane of each warp by bulk copies, for each takes a while to issue, or all threads.
 template <class... Parts>
 __device__ __forceinline__ void begin_copies(u64* landed, const Parts&... parts) {
   if constexpr (kBulkCopy) {
-    if (threadIdx.x >= 32) return;
-    mbarrier_arrive_expect_tx(landed, (parts.bytes_of_lane() + ...));
-    (parts.copy_whole(landed), ...);
+    if (threadIdx.x % 32) return;
+    const int warp = threadIdx.x / 32;
+    mbarrier_arrive_expect_tx(landed, (parts.bytes_of(warp) + ...));
+    (parts.copy_of(warp, landed), ...);
   } else {
     (parts.copy_by_all(), ...);
     cp_async_commit_group();
   }
 }
 
-// Before the first pipeline.
+// Before the first pipeline; some barrier of the block must come between.
 __device__ __forceinline__ void init_pipelines() {
-  if (!kBulkCopy) return;
-  if (threadIdx.x == 0) {
+  if (!kBulkCopy || threadIdx.x != 0) return;
 #pragma unroll 1
-    for (int s = 0; s < kMostStages; s++) mbarrier_init(landed_barriers() + s, 32);
-    kept_parities() = 0;
-    fence_mbarrier_init();
-  }
-  sync_consumers();  // publishes the barriers
+  for (int s = 0; s < kMostStages; s++) mbarrier_init(landed_barriers() + s, kWarps);
+  kept_parities() = 0;
+  fence_mbarrier_init();
 }
 
 // Runs `count` stages through shared memory: load(stage, i, landed) calls begin_copies(), use(stage, i) reads what landed.
@@ -140,7 +146,7 @@ __device__ __forceinline__ void pipeline(u8* memory, int count, Load load, Use u
     if (i < count) load(memory + stage * kBytes, i, landed + stage);
     else if (!kBulkCopy) cp_async_commit_group();  // groups are counted
   };
-  if (kBulkCopy && threadIdx.x < 32) fence_proxy_async_global();  // the copies see what the grid's barrier published
+  if (kBulkCopy && threadIdx.x % 32 == 0) fence_proxy_async_global();  // the copies see what the grid's barrier published
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; i++) fill(i, i);
   int reading = 0, filling = kStages - 1;
@@ -190,8 +196,11 @@ __device__ __forceinline__ void load_stage(u8* stage, u64* landed, const u8* wei
   const Runs<s.row_blocks, S::kBlockBytes, m.row_block_bytes()> rows{
       stage, weights + (u64)row_block * m.row_block_bytes() + first * m.tile_bytes(), smaller(s.row_blocks, m.row_blocks() - row_block),
       tiles * m.tile_bytes()};
-  const Runs<S::kTiles * kSlices, s.columns * 64, kOperandColumns * 64> slices{
-      stage + S::kX, x.x + (u64)place.column_tile * O::kTileBytes + first * kSlices * kOperandColumns * 64, tiles * kSlices, columns * 64};
+  const u8* from = x.x + (u64)place.column_tile * O::kTileBytes + first * kSlices * kOperandColumns * 64;
+  constexpr bool kWhole = s.columns == kOperandColumns;  // slices lie side by side
+  constexpr int kRuns = kWhole ? 1 : S::kTiles * kSlices, kRunBytes = (kWhole ? S::kTiles * kSlices : 1) * s.columns * 64;
+  const Runs<kRuns, kRunBytes, kOperandColumns * 64> slices{stage + S::kX, from, kWhole ? 1 : tiles * kSlices,
+                                                            (kWhole ? tiles * kSlices : 1) * columns * 64};
   if constexpr (m.has_sums()) {
     const float* sums = x.sums + (place.column_tile * O::kGroups + first * S::kTileGroups) * kOperandColumns;
     const Runs<S::kTiles * S::kTileGroups, s.columns * 4, kOperandColumns * 4> groups{
