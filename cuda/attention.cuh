@@ -177,12 +177,11 @@ struct Seen {
   __device__ __forceinline__ bool operator()(int i, int position) const { return (position > before[i]) & (position <= last[i]); }
 };
 
-// kBlocks blocks of 16 positions from `first` on at once, of which `count` are there: of the others K is computed
-// with and dropped. queries: [kRows][kQueryStride].
+// kBlocks blocks of 16 positions from `first` on at once, of which `count` are there; no row sees the others, whose
+// weights are zero. Nothing branches, so that the products' latencies overlap. queries: [kRows][kQueryStride].
 template <int kBlocks>
 __device__ __forceinline__ void attend(Running& run, const u8* blocks, int count, const u8* queries, int first, const Seen& seen) {
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
-  const auto is_there = [&](int b) { return kBlocks == 1 || b < count; };
   float score[kBlocks][4] = {}, odd[kBlocks][4] = {};
 #pragma unroll 1
   for (int d = 0; d < kHeadDim / 32; d++) {
@@ -204,7 +203,7 @@ __device__ __forceinline__ void attend(Running& run, const u8* blocks, int count
 #pragma unroll
       for (int half = 0; half < 2; half++) {  // in powers of two
         float& s = score[b][2 * half + i];
-        s = is_there(b) & seen(i, first + b * 16 + half * 8 + g) ? (s + odd[b][2 * half + i]) * model::kScoreScale : -kInfinity;
+        s = seen(i, first + b * 16 + half * 8 + g) ? (s + odd[b][2 * half + i]) * model::kScoreScale : -kInfinity;
         top = fmaxf(top, s);
       }
 #pragma unroll
@@ -228,12 +227,12 @@ __device__ __forceinline__ void attend(Running& run, const u8* blocks, int count
     for (int i = 0; i < 4; i++) run.out[d][i] *= rescale[i % 2];
 #pragma unroll
   for (int b = 0; b < kBlocks; b++) {
-    if (!is_there(b)) break;
+    const u8* values = blocks + (kBlocks == 1 ? 0 : smaller(b, count - 1)) * kBlockBytes + kHalfBytes;  // zero times any number there is
     const u32 b0 = movmatrix_trans(round_pair<kKvBf16>(score[b][0], score[b][1]));
     const u32 b1 = movmatrix_trans(round_pair<kKvBf16>(score[b][2], score[b][3]));
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; d++) {
-      const uint4 v = *reinterpret_cast<const uint4*>(blocks + b * kBlockBytes + kHalfBytes + d * 512 + lane * 16);
+      const uint4 v = *reinterpret_cast<const uint4*>(values + d * 512 + lane * 16);
       mma<kKvBf16>(run.out[d], {v.x, v.y, v.z, v.w}, b0, b1);
     }
   }

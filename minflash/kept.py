@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .config import ModelConfig
+from .rope import LENGTH_DEPENDENT
 
 
 class KeptTokens:
@@ -30,9 +31,11 @@ class KeptTokens:
 
     def shared(self, prompt: Sequence[int]) -> int:
         """How many tokens of ``prompt`` need no forward; never the last, which gives the logits."""
-        keys = [self._rope_key(len(prompt))] * len(self.rope_keys)
         same = _shared_front(list(prompt[:-1]), self.ids)
-        return min(same, _shared_front(self.rope_keys, keys))
+        if self._rope.kind not in LENGTH_DEPENDENT:
+            return same
+        keys = [self._rope_key(len(prompt))] * same
+        return _shared_front(self.rope_keys, keys)
 
     def cut(self, position: int) -> None:
         """Forgets what stands at ``position`` and after it: about to be written."""
@@ -59,6 +62,8 @@ def _shared_front(a: list[int], b: list[int]) -> int:
     By halves, as lists are compared many times faster than their elements one by one.
     """
     begin, end = 0, min(len(a), len(b))
+    if a[:end] == b[:end]:  # a conversation goes on
+        return end
     while begin < end:
         middle = (begin + end + 1) // 2
         if a[begin:middle] == b[begin:middle]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .config import RopeConfig
 
 Frequencies = NDArray[np.float64]
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds whose frequencies depend on the length
 
 
 def frequencies(

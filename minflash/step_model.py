@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .choosing import TopLogprobs
 
 CHAINED = -1  # the token that the launch before chose
-_LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of RoPE, see rope.frequencies
 GREEDY = Sampling()
 _MAILBOX_SLOTS = 64
 _WATCHDOG_NS = 500_000_000
@@ -329,7 +328,7 @@ class StepModel:
 
     def _set_rope(self, length: int) -> None:
         config = self.config
-        if self._rope_length and config.rope.kind not in _LENGTH_DEPENDENT:
+        if self._rope_length and config.rope.kind not in rope.LENGTH_DEPENDENT:
             return
         if length != self._rope_length:
             inverse, scaling = rope.frequencies(
