@@ -80,7 +80,7 @@ def test_a_second_start_compiles_nothing(
 
     monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
     open_engine(model).close()
-    assert len(list((tmp_path / "kernels").iterdir())) == 3  # two kinds of step, prefill
+    assert len(list((tmp_path / "kernels").iterdir())) == 4  # of steps and of prompts
     calls: list[Any] = []
     monkeypatch.setattr(nvrtc, "compileProgram", lambda *args: calls.append(args))
     engine = open_engine(model)
