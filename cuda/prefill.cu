@@ -1,4 +1,4 @@
-// The front part of a prompt, hundreds of tokens in one launch: fills the KV cache and computes no logits.
+// A prompt, hundreds of tokens in one launch: fills the KV cache and computes no logits.
 //
 // One block an SM, a grid barrier between phases. The last layer ends with its keys and values.
 #include "prefill_attention.cuh"

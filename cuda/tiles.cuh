@@ -55,8 +55,7 @@ struct Operand {
                                   lane * 16 + k % 4 / 2 * 8 + in_tile % 16 / 8 * 4);
   }
   __device__ __forceinline__ u16* element(int column, int k) const { return reinterpret_cast<u16*>(pair(column, k & ~1)) + k % 2; }
-  // Bytes from an element to the one k8 times eight rows further, from a row whose slice of 32 has as many left or from
-  // the first eight rows of one.
+  // Bytes from a row to the one 8 * k8 rows further: from the first eight rows of a slice, or with k8 a multiple of four.
   static __device__ __forceinline__ constexpr int rows_further(int k8) { return k8 / 4 * kOperandColumns * 64 + k8 % 4 * 16; }
   static __device__ __forceinline__ void put_8(u32* to, uint4 v) { to[0] = v.x, to[2] = v.y, to[128] = v.z, to[130] = v.w; }
   __device__ __forceinline__ uint4 get_8(int column, int k8) const {

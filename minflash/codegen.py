@@ -18,7 +18,13 @@ import numpy as np
 from .config import ModelConfig
 from .errors import DeviceError
 from .packing import Layout
-from .prefill_layout import prefill_barriers, prefill_struct, prefill_token_bytes, prefill_tokens
+from .prefill_layout import (
+    parts_before,
+    prefill_barriers,
+    prefill_struct,
+    prefill_token_bytes,
+    prefill_tokens,
+)
 from .resources import resource_dir
 from .sampling import MAX_LOGPROBS
 from .tensors import expected_tensors
@@ -109,6 +115,7 @@ class Program:
     barriers: int  # grid barriers of one step of several columns
     prefill_barriers: int
     prefill_tokens: int  # most of one launch; 0: none
+    prefill_residual: int  # where one leaves the residual before the last layer, in the workspace
     tail_barriers: int = TAIL_BARRIERS  # more where a step ranks the vocabulary
 
     def source_of(self, kernel: str) -> str:
@@ -174,6 +181,7 @@ def generate(
     return Program(
         source, prefill_source, weights, maps, tuning, args, workspace,
         phases, phases - 1, prefill_barriers(config, layouts), tokens,
+        workspace["prefill"] + tokens * parts_before("residual", per_token),
     )  # fmt: skip
 
 

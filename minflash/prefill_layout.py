@@ -1,4 +1,4 @@
-"""What the kernel that reads long prompts needs: its workspace and its count of barriers."""
+"""What the kernels that read prompts need: its workspace and its count of barriers."""
 
 from __future__ import annotations
 
@@ -38,14 +38,6 @@ def prefill_token_bytes(config: ModelConfig, layouts: Mapping[str, Layout]) -> d
     }  # fmt: skip
 
 
-def prefill_residual(begin: int, tokens: int, dim: int, token: int) -> int:
-    """Where the workspace holds a token's residual before the last layer: float32 [dim].
-
-    begin: of the part that ``prefill_struct`` describes; tokens: that it has room for.
-    """
-    return begin + 4 * tokens + 4 * dim * token
-
-
 def _sum_groups(layout: Layout) -> int:
     """Groups of columns whose sums the kernel needs, as Matrix::has_sums of cuda/tensor.cuh."""
     if layout.type not in ("int8", "int4"):
@@ -65,16 +57,23 @@ _PREFILL_TYPES = {
 }  # fmt: skip
 
 
+def parts_before(name: str, per_token: Mapping[str, int]) -> int:
+    """Bytes of one token before a part.
+
+    Parts lie one after another, each args.prefill_tokens times its bytes of one token long.
+    """
+    names = list(per_token)
+    return sum(per_token[part] for part in names[: names.index(name)])
+
+
 def prefill_struct(begin: int, per_token: Mapping[str, int]) -> str:
-    """Parts lie one after another, each args.prefill_tokens times its bytes of one token long."""
-    members, before = [], 0
-    for name, nbytes in per_token.items():
-        c_type = _PREFILL_TYPES[name]
+    members = []
+    for name in per_token:
+        c_type, before = _PREFILL_TYPES[name], parts_before(name, per_token)
         members.append(
             f"  __device__ __forceinline__ {c_type}* {name}() const {{ return ({c_type}*)"
             f"(args.workspace + {begin} + (u64)args.prefill_tokens * {before}); }}"
         )
-        before += nbytes
     head = [
         "struct PrefillWorkspace {",
         "  const StepArgs& args;",

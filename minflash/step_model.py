@@ -17,7 +17,7 @@ from .device import Device
 from .errors import ContextError, DeviceError
 from .gpu_memory import cache_block_bytes, cache_blocks, cache_bytes, gpu_context
 from .packing import Layout
-from .prefill_layout import FEW_TOKENS, prefill_residual
+from .prefill_layout import FEW_TOKENS
 from .sampling import Sampling
 from .tail import PLAIN, REPORT, Extras, read_report
 from .tensors import expected_tensors
@@ -173,11 +173,10 @@ class StepModel:
     def _residual_of(self, position: int) -> int:
         """Address of what the last ``prefill`` left of a token before the last layer."""
         begin, n = self._prefilled
-        column, place = position - begin, self.program.workspace["prefill"]
-        if not 0 <= column < n:
+        if not begin <= position < begin + n:
             raise AssertionError(f"position {position} is not of the last prefill: {begin}, {n}")
-        offset = prefill_residual(place, self.prefill_tokens, self.config.dim, column)
-        return self._workspace + offset
+        row = 4 * self.config.dim * (position - begin)
+        return self._workspace + self.program.prefill_residual + row
 
     @property
     def prefill_tokens(self) -> int:

@@ -199,6 +199,10 @@ def test_what_does_not_fit_is_said(machine: Machine) -> None:
     for wrong in ([], [1] * 129):
         with pytest.raises(AssertionError, match="reads 1 to 128 tokens"):
             step.prefill(wrong, 0)
+    step.prefill([1] * 20, 10)
+    for position in (9, 30):
+        with pytest.raises(AssertionError, match=f"position {position} is not of the last prefill"):
+            step.step([1], position, resumes=True)
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
