@@ -69,7 +69,7 @@ class Bug:
 BUGS = (
     Bug("a matrix is streamed before its turn", r"(route<Map, tensors::wo>\(\)), (route<Map, tensors::w_gate_up>\(\))", r"\2, \1"),
     Bug("the ring: stages are not released", r"mbarrier_arrive\(&ring\.empty\[stage\]\);", ";"),
-    Bug("the ring: the producer does not wait for a release", r"wait_parity<Map>\(Map::kStages \+ stage[^;]*;", ";"),
+    Bug("the ring: the producer does not wait for a release", r"(\} else \{\s*)wait_parity<Map>\(Map::kStages \+ stage[^;]*;", r"\1;"),
     Bug("the ring: consumers do not wait for copies", r"wait_parity<Map>\(stage, parity, args\);"),
     Bug("the ring: the parity never flips", r"stage -= Map::kStages; parity \^= 1;", "stage -= Map::kStages;"),
     Bug("the ring: released before it is read", r"(use\(int\(next - begin\)[^;]*;)(\s*)(mbarrier_arrive\(&ring\.empty\[stage\]\);)", r"\3\2\1"),
