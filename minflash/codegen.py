@@ -124,7 +124,8 @@ class Program:
     def barriers_of(self, kernel: str, *, ranks: bool = False) -> int:
         """Grid barriers of one launch; a step for one token has none but its tail's."""
         layers = {"step_one": 0, "step_many": self.barriers}
-        return layers.get(kernel, self.prefill_barriers) + self.tail_barriers * ranks
+        layers |= dict.fromkeys(PREFILLS, self.prefill_barriers)
+        return layers[kernel] + self.tail_barriers * ranks
 
     def launch_shape(self, kernel: str) -> tuple[int, int]:
         """Threads and bytes of shared memory of a block."""

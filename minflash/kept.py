@@ -1,7 +1,7 @@
 """What a KV cache holds, so that a prompt begins where it first differs from the sequence before.
 
 Keys that are reused may have been made in other pieces than a fresh start would make them (those
-of tokens that the model chose: one by one; those of a prompt's last tokens: in a step), so that
+of tokens that the model chose: one by one; those of a short prompt: in steps), so that
 results may differ within rounding; ``reset`` gives a fresh start.
 """
 

@@ -156,7 +156,9 @@ class StepModel:
         return self._ticket
 
     def prefill(self, tokens: Sequence[int], position: int, *, length: int | None = None) -> None:
-        """Launches one read of many tokens, which fills the cache only; does not wait.
+        """Launches one read of many tokens; does not wait.
+
+        It fills the cache, and leaves what a step with ``resumes`` goes on from.
 
         tokens: 1 to ``prefill_tokens`` ids at ``position`` and after it; length: as for a step.
         Raises ContextError past the end of the cache.

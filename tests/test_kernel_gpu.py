@@ -26,6 +26,7 @@ from kernel_models import (
 )
 from sampled import SAMPLINGS, assert_sampled
 
+from minflash.codegen import KERNELS, PREFILLS
 from minflash.errors import DeviceError
 from minflash.sampling import Sampling
 
@@ -56,7 +57,7 @@ def test_all_multiprocessors(machine: Machine, type: str, group: int) -> None:
     tokens = random_tokens(model.config, 40)
     step = machine.open(model, ALL, max_context=128)
     logits = feed(step, tokens, (1, 8, 2, 7))
-    assert set(step.device.local_bytes.values()) == {0}  # type: ignore[attr-defined]
+    assert step.device.local_bytes == dict.fromkeys((*KERNELS, *PREFILLS), 0)  # type: ignore[attr-defined]
     assert_within_bound(logits, *references(model, tokens))
 
 
