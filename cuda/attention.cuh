@@ -72,12 +72,13 @@ constexpr int kQueryStride = kHeadDim * 2 + 16;
 template <class Map>
 struct Scratch {
   static constexpr int kSlotRows = Map::kColumns == 1 ? smaller(kRows, kGroup) : kRows;
+  static constexpr int kStride = kHeadDim + 4;  // of outputs: rows that lanes write at the same time meet different banks
   u8 *queries, *fresh;      // [kRows][kQueryStride]; one block of positions: the step's own K and V
-  float *sums, *outputs;    // [kSlots][kSlotRows][2]: maximum and sum; [kSlots][kSlotRows][kHeadDim]
+  float *outputs, *sums;    // [kSlots][kSlotRows][kStride]; [kSlots][kSlotRows][2]: maximum and sum
   static __device__ __forceinline__ Scratch here() {
     u8* base = Shared<Map>::scratch();
-    float* sums = reinterpret_cast<float*>(base + kRows * kQueryStride + kBlockBytes);
-    return {base, base + kRows * kQueryStride, sums, sums + Map::kSlots * kSlotRows * 2};
+    float* outputs = reinterpret_cast<float*>(base + kRows * kQueryStride + kBlockBytes);
+    return {base, base + kRows * kQueryStride, outputs, outputs + Map::kSlots * kSlotRows * kStride};
   }
 };
 
@@ -183,7 +184,7 @@ template <int kBlocks>
 __device__ __forceinline__ void attend(Running& run, const u8* blocks, int count, const u8* queries, int first, const Seen& seen) {
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
   float score[kBlocks][4] = {}, odd[kBlocks][4] = {};
-#pragma unroll 1
+#pragma unroll (kBlocks == 1 ? kHeadDim / 32 : 1)
   for (int d = 0; d < kHeadDim / 32; d++) {
     const uint4 query = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
 #pragma unroll
@@ -258,7 +259,7 @@ __device__ __forceinline__ void leave(const Running& run, int slot, bool merge) 
     }
     __syncwarp();  // all lanes of the row have read its sums
     if (!kept) continue;
-    float* at = s.outputs + row * kHeadDim + g;
+    float* at = s.outputs + row * s.kStride + g;
 #pragma unroll
     for (int d = 0; d < kHeadDim / 8; d++) {
       const float value = run.out[d / 2][d % 2 * 2 + i];
@@ -268,7 +269,7 @@ __device__ __forceinline__ void leave(const Running& run, int slot, bool merge) 
   }
 }
 
-// This warp's part of the unit: its chunks of the past and, for the last warp of the last split, the fresh positions.
+// This warp's part of the unit: its chunks of the past and, for one warp of the last split, the fresh positions.
 template <class Map>
 __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const Unit& u, int window) {
   const Scratch<Map> s = Scratch<Map>::here();
@@ -283,7 +284,7 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
       attend<1>(run, data + b * kBlockBytes, 1, s.queries, first, past);
     }
   });
-  if (thread_index() / 32 == kWarps - 1 && u.split == plan.splits - 1)
+  if (thread_index() / 32 == consumer.begin % kWarps && u.split == plan.splits - 1)  // whose turn it is: it has the fewest chunks
     attend<1>(run, s.fresh, 1, s.queries, 0, Seen::of(column_of, plan.n_columns - 1, window));
   const int slot = thread_index() / 32 % Map::kSlots, turn = thread_index() / 32 / Map::kSlots;
 #pragma unroll 1
@@ -293,8 +294,14 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
   }
 }
 
-// A partial result over part of the past: maximum, sum, and the weighted values of one dim.
-struct Part { float maximum = -kInfinity, sum = 0, value = 0; };
+// A partial result over part of the past: maximum, sum, and the weighted values of kDims neighbouring dims.
+constexpr int kDims = 4;
+struct Part {
+  float maximum = -kInfinity, sum = 0, value[kDims] = {};
+  static __device__ __forceinline__ Part of(float maximum, float sum, const uint4& v) {
+    return {maximum, sum, {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)}};
+  }
+};
 
 // Parts 0 to count - 1 as one, in order, several at a time so that their reads overlap: as many as the
 // registers of the kernel allow.
@@ -313,60 +320,60 @@ __device__ __forceinline__ Part combined(int count, Get get) {
     for (int i = 0; i < kAtOnce; i++) top = fmaxf(top, parts[i].maximum);
     if (top == -kInfinity) continue;
     const float before = ex2_approx(all.maximum - top);
-    all = {top, all.sum * before, all.value * before};
+    all.maximum = top;
+    all.sum *= before;
+#pragma unroll
+    for (int j = 0; j < kDims; j++) all.value[j] *= before;
 #pragma unroll
     for (int i = 0; i < kAtOnce; i++) {
       const float weight = ex2_approx(parts[i].maximum - top);
       all.sum += parts[i].sum * weight;
-      all.value += parts[i].value * weight;
+#pragma unroll
+      for (int j = 0; j < kDims; j++) all.value[j] += parts[i].value[j] * weight;
     }
   }
   return all;
 }
 
-// Rows of the unit over all slots; put(row, dim, part).
-template <class Map, class Put>
-__device__ __forceinline__ void combine_slots(int rows, Put put) {
-  const Scratch<Map> s = Scratch<Map>::here();
-#pragma unroll 1
-  for (int i = thread_index(); i < rows * kHeadDim; i += kConsumers) {
-    const int row = i / kHeadDim, d = i % kHeadDim;
-    put(row, d, combined<Map>(Map::kSlots, [&](int slot) {
-          const int at = slot * s.kSlotRows + row;
-          return Part{s.sums[at * 2], s.sums[at * 2 + 1], s.outputs[at * kHeadDim + d]};
-        }));
-  }
-}
-
-// What the block's warps left, and with several splits all of them, by the block that arrives last;
-// finish(row, dim, part) is called by whole warps.
+// What the block's warps left, and with several splits all of them, by the block that arrives last: finish(row, dim, part)
+// for each row of the unit and all kDims dims from `dim` on.
 template <class Map, class Finish>
 __device__ __forceinline__ void combine(const Exchange<Map>& exchange, const Plan<Map>& plan, const Unit& u, Finish finish) {
-  const int rows = plan.rows(u);
-  // partials: [kv head][row tile][split][kRows][head_dim + 2]
-  constexpr int kRow = kHeadDim + 2;
+  // partials: [kv head][row tile][split][kRows][maximum, sum, 0, 0, head_dim]
+  constexpr int kRow = 4 + kHeadDim, kUnits = kHeadDim / kDims;
+  const Scratch<Map> s = Scratch<Map>::here();
   const Workspace work(exchange.args);
-  const int team = u.kv_head * plan.row_tiles + u.row_tile;
+  const int rows = plan.rows(u), team = u.kv_head * plan.row_tiles + u.row_tile;
   float* parts = work.partials() + (u64)team * plan.splits * kRows * kRow;
-  float* mine = parts + u.split * kRows * kRow;
-  combine_slots<Map>(rows, [&](int row, int d, const Part& part) {
-    if (plan.splits == 1) return finish(row, d, part);
-    mine[row * kRow + 2 + d] = part.value;
-    if (d == 0) mine[row * kRow] = part.maximum, mine[row * kRow + 1] = part.sum;
-  });
+#pragma unroll 1
+  for (int i = thread_index(); i < rows * kUnits; i += kConsumers) {
+    const int row = i / kUnits, d = i % kUnits * kDims;
+    const Part part = combined<Map>(Map::kSlots, [&](int slot) {
+      const int at = slot * s.kSlotRows + row;
+      return Part::of(s.sums[at * 2], s.sums[at * 2 + 1], *reinterpret_cast<const uint4*>(s.outputs + at * s.kStride + d));
+    });
+    if (plan.splits == 1) {
+      finish(row, d, part);
+      continue;
+    }
+    float* mine = parts + (u.split * kRows + row) * kRow;
+#pragma unroll
+    for (int j = 0; j < kDims; j++) mine[4 + d + j] = part.value[j];
+    if (d == 0) mine[0] = part.maximum, mine[1] = part.sum;
+  }
   if (plan.splits == 1) return;
   sync_consumers();  // the block's part is complete
-  u32* last = reinterpret_cast<u32*>(Scratch<Map>::here().queries);
+  u32* last = reinterpret_cast<u32*>(s.queries);
   if (thread_index() == 0)  // publishes the part, sees the others', and counts from 0 again after the last
     *last = atom_inc_acq_rel_gpu(work.arrivals() + team, plan.splits - 1) == (u32)plan.splits - 1;
   sync_consumers();  // publishes who combines
   if (!*last) return;
 #pragma unroll 1
-  for (int j = thread_index(); j < rows * kHeadDim; j += kConsumers) {
-    const int row = j / kHeadDim, d = j % kHeadDim;
+  for (int i = thread_index(); i < rows * kUnits; i += kConsumers) {
+    const int row = i / kUnits, d = i % kUnits * kDims;
     finish(row, d, combined<Map>(plan.splits, [&](int split) {
              const float* p = parts + (split * kRows + row) * kRow;
-             return Part{ld_cg(p), ld_cg(p + 1), ld_cg(p + 2 + d)};
+             return Part::of(ld_cg(p), ld_cg(p + 1), ld_cg(reinterpret_cast<const uint4*>(p + 4 + d)));
            }));
   }
 }
@@ -387,7 +394,11 @@ __device__ void run(Consumer<Map>& consumer, Exchange<Map>& exchange, Deal& deal
     consumer.profile.mark(kStreamed);
     combine(exchange, plan, u, [&](int row, int d, const Part& part) {
       const int global = u.row_tile * kRows + row, column = global / kGroup, head = u.kv_head * kGroup + global % kGroup;
-      out.put(exchange, column, head * kHeadDim + d, (u16)round_pair<kOutBf16>(__fdividef(part.value, part.sum), 0.0f), 0xffffffffu);
+      u32 pairs[kDims / 2];
+#pragma unroll
+      for (int i = 0; i < kDims / 2; i++)
+        pairs[i] = round_pair<kOutBf16>(__fdividef(part.value[2 * i], part.sum), __fdividef(part.value[2 * i + 1], part.sum));
+      out.put(exchange, column, head * kHeadDim + d, pairs);
     });
     sync_consumers();  // shared memory of the unit is free
   }

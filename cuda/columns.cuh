@@ -3,7 +3,7 @@
 #pragma once
 #include "norm.cuh"
 
-// Begins to copy the columns of a panel; columns_landed() waits for them.
+// Begins to copy the columns of a panel, a column by a warp; columns_landed() waits for them.
 template <class Map, Matrix m>
 __device__ __forceinline__ void copy_columns(const u16* source, int n_columns, int panel) {
   using C = Columns<Map, m>;
@@ -12,12 +12,14 @@ __device__ __forceinline__ void copy_columns(const u16* source, int n_columns, i
   const int cols = smaller(padded, m.cols - begin);
   if (W::kPanelsOfBlock > 1) sync_consumers();  // nobody reads the previous panel any more
   if constexpr (kBulkCopy) {
-    if (thread_index() == 0) {
+    if (thread_index() % 32 == 0) {
       u64* landed = &Shared<Map>::ring().columns;
+      const int warp = thread_index() / 32, columns = n_columns > warp ? ceil_div(n_columns - warp, kWarps) : 0;
       fence_proxy_async_global();  // the copies see what the barrier published
-      mbarrier_arrive_expect_tx(landed, n_columns * cols * 2);
+      mbarrier_arrive_expect_tx(landed, columns * cols * 2);
 #pragma unroll 1
-      for (int column = 0; column < n_columns; column++) cp_async_bulk(C::x(column), source + column * m.cols + begin, cols * 2, landed);
+      for (int column = warp; column < n_columns; column += kWarps)
+        cp_async_bulk(C::x(column), source + column * m.cols + begin, cols * 2, landed);
     }
   } else {
 #pragma unroll 4

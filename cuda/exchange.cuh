@@ -218,6 +218,11 @@ struct Halves {
       plain[(u64)column * kWidth + i] = v;
     }
   }
+  // Two pairs of values from i on, a multiple of 4.
+  __device__ __forceinline__ void put(const Exchange<Map>& exchange, int column, int i, const u32 (&pairs)[2]) const {
+    if constexpr (kTagged<Map>) exchange.put(words + i / 2, pairs[0]), exchange.put(words + i / 2 + 1, pairs[1]);
+    else *reinterpret_cast<uint2*>(plain + (u64)column * kWidth + i) = make_uint2(pairs[0], pairs[1]);
+  }
   // With one column: units first, first + 32, ... of kUnit values, two a word of v, of the phase before.
   static constexpr int kUnit = 4;
   template <int kUnits>

@@ -38,11 +38,14 @@ struct Walk {
   static_assert(kInFlight < Map::kStages, "a stage cannot be filled twice");
 
   // Scratch: activations of a panel [kColumns][columns of the panel], 16-bit; their sums over groups
-  // [kColumns][kSums], fp32; partial sums [kWindow][kWarps][16][kColumns], fp32, up to Map::kReduce.
+  // [kColumns][kSums], fp32; partial sums [kWindow][kSlots][16][kColumns], fp32, up to Map::kReduce. Chunks of a
+  // row block that are kSlots apart are of one warp, which adds them up; others have a slot of their own.
+  static constexpr int kSlots = smaller(kWarps, ceil_div(kPanelTiles, m.chunk_tiles));
+  static __device__ __forceinline__ constexpr int slots(int panel) { return smaller(kSlots, chunks(panel)); }  // that it uses
   static constexpr int kStride = (kPanelTiles * m.tile_cols() * 2 + 127) / 128 * 128 + 64;  // two columns meet different banks
   static constexpr int kSums = m.has_sums() ? kPanelTiles * m.tile_cols() / m.group : 0;
   static constexpr int kSumsAt = Map::kColumns * kStride, kPartialsAt = (kSumsAt + 4 * Map::kColumns * kSums + 15) / 16 * 16;
-  static constexpr int kWindow = smaller(kConsumers / 8, (Map::kReduce - kPartialsAt) / (kWarps * 16 * Map::kColumns * 4));
+  static constexpr int kWindow = smaller(kConsumers / 8, (Map::kReduce - kPartialsAt) / (kSlots * 16 * Map::kColumns * 4));
   static_assert(kWindow >= 1, "shared_map left no room for partial sums");
 };
 
@@ -148,9 +151,9 @@ __device__ __forceinline__ float finish(float acc, float bias_acc, bool high_row
   else return acc + bias_acc;
 }
 
-// One chunk of one row block, added to this warp's partial sums [16 rows][kColumns].
+// One chunk of one row block into partial sums [16 rows][kColumns]: the first there, or added to what is there.
 template <class Map, Matrix m>
-__device__ __forceinline__ void multiply_chunk(float* partial, const u8* tiles, int first_tile, int count) {
+__device__ __forceinline__ void multiply_chunk(float* partial, bool first, const u8* tiles, int first_tile, int count) {
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
   using C = Columns<Map, m>;
   const int column = Map::kColumns == 1 ? 0 : g;  // with one column all eight columns of the mma are that one
@@ -167,7 +170,8 @@ __device__ __forceinline__ void multiply_chunk(float* partial, const u8* tiles, 
   for (int i = 0; i < 4; i++) {
     const int row = g + i / 2 * 8, col = Map::kColumns == 1 ? 0 : 2 * q + i % 2;
     if (Map::kColumns == 1 && (q != 0 || i % 2)) continue;
-    partial[row * Map::kColumns + col] += finish<m>(acc[i], bias_acc[i], i / 2);
+    float& sum = partial[row * Map::kColumns + col];
+    sum = (first ? 0.0f : sum) + finish<m>(acc[i], bias_acc[i], i / 2);
   }
 }
 
@@ -180,11 +184,12 @@ struct FetchNothing {
 template <class Map>
 struct WindowSums {
   static constexpr int kOfBlock = 8 * Map::kColumns;  // of a row block
-  // Of what the block's warps left.
-  static __device__ __forceinline__ float2 of_warps(const float* partials, int i) {
-    const float* slot = partials + i / kOfBlock * kWarps * 2 * kOfBlock + i % kOfBlock;
+  // Of what the block's warps left in `slots` of kSlots.
+  template <int kSlots>
+  static __device__ __forceinline__ float2 of_warps(const float* partials, int slots, int i) {
+    const float* slot = partials + i / kOfBlock * kSlots * 2 * kOfBlock + i % kOfBlock;
     float2 sum = make_float2(0, 0);
-    for (int w = 0; w < kWarps; w++) sum.x += slot[w * 2 * kOfBlock], sum.y += slot[w * 2 * kOfBlock + kOfBlock];
+    for (int s = 0; s < slots; s++) sum.x += slot[s * 2 * kOfBlock], sum.y += slot[s * 2 * kOfBlock + kOfBlock];
     return sum;
   }
   // Of what the team's blocks left, always in the same order.
@@ -208,7 +213,7 @@ __device__ __forceinline__ bool completes_team(const StepArgs& args, int first, 
   const Workspace work(args);
 #pragma unroll 1
   for (int i = thread_index(); i < count; i += kConsumers)
-    work.team_sums()[((first + i / kOfBlock * W::kTeams) * W::kParts + part) * kOfBlock + i % kOfBlock] = WindowSums<Map>::of_warps(partials, i);
+    work.team_sums()[((first + i / kOfBlock * W::kTeams) * W::kParts + part) * kOfBlock + i % kOfBlock] = WindowSums<Map>::template of_warps<W::kSlots>(partials, W::slots(part), i);
   u32* last = reinterpret_cast<u32*>(Shared<Map>::team());
   sync_consumers();  // the block's sums are complete
   if (thread_index() == 0)  // publishes them, sees the others', and counts from 0 again after the last
@@ -225,7 +230,7 @@ template <class Map, Matrix m, class LoadPanel, class Use, class Fetch = FetchNo
 __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& deal, int n_columns, LoadPanel load_panel, Use use,
                                                 Fetch fetch = FetchNothing()) {
   using W = Walk<Map, m>;
-  constexpr int kColumns = Map::kColumns, kSlot = 16 * kColumns, kOfBlock = WindowSums<Map>::kOfBlock;
+  constexpr int kColumns = Map::kColumns, kOfBlock = WindowSums<Map>::kOfBlock;
   const Deal::Share share = deal.take(m.row_blocks(), W::kParts);
   float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + W::kPartialsAt);
   consumer.profile.mark(kBegin);
@@ -241,18 +246,16 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
     static_assert(kColumns > 1 || W::kWindow * 8 <= kConsumers, "with one column a thread has at most one row to fetch for");
     const int place = smaller(thread_index(), blocks * kOfBlock - 1);
     const auto early = fetch(row_of(place), place % kColumns);  // by all, so that nothing waits for it
-    float* mine = partials + thread_index() / 32 * kSlot;
-#pragma unroll 1
-    for (int i = thread_index() % 32; i < blocks * kSlot; i += 32) mine[i / kSlot * kWarps * kSlot + i % kSlot] = 0;
-    __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < W::kPanelsOfBlock; i++) {
       const int panel = share.part + i;
       if (W::kPanelsOfBlock > 1) load_panel(panel, window == 0 && i == 0);
       const int chunks = W::chunks(panel), tiles = W::tiles(panel);
+      const bool first_panel = W::kPanelsOfBlock == 1 || i == 0;
       consumer.take(blocks * chunks, [&](int i, const u8* data) {
-        const int first = i % chunks * m.chunk_tiles;
-        multiply_chunk<Map, m>(mine + i / chunks * kWarps * kSlot, data, first, smaller(m.chunk_tiles, tiles - first));
+        const int chunk = i % chunks, first_tile = chunk * m.chunk_tiles;
+        float* partial = partials + (i / chunks * W::kSlots + chunk % W::kSlots) * 16 * kColumns;
+        multiply_chunk<Map, m>(partial, first_panel && chunk < W::kSlots, data, first_tile, smaller(m.chunk_tiles, tiles - first_tile));
       });
     }
     sync_consumers();  // publishes the partial sums to the block's consumers
@@ -270,7 +273,7 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
       if constexpr (W::kParts > 1)
         sum = WindowSums<Map>::template of_team<W::kParts>(
             Workspace(consumer.args).team_sums() + (u64)(first + i / kOfBlock * W::kTeams) * W::kParts * kOfBlock, i % kOfBlock);
-      else sum = WindowSums<Map>::of_warps(partials, i);
+      else sum = WindowSums<Map>::template of_warps<W::kSlots>(partials, W::slots(0), i);
       use(row_of(i), column, sum.x, sum.y, lanes, kColumns == 1 || i == place ? early : fetch(row_of(i), column));
     }
     sync_consumers();  // the partial sums may be overwritten

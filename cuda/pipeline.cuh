@@ -34,7 +34,7 @@ __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
     mbarrier_init(&ring.full[s], kBulkCopy ? 1 : 32);
     mbarrier_init(&ring.empty[s], 32);
   }
-  if constexpr (Map::kColumns > 1) mbarrier_init(&ring.columns, 1);
+  if constexpr (Map::kColumns > 1) mbarrier_init(&ring.columns, kWarps);
   ring.progress = 0;
   fence_mbarrier_init();
 }

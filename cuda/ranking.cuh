@@ -61,7 +61,7 @@ template <class Map>
 __device__ __noinline__ Sums sum_before(u64 mine) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   u64 sum = mine;
-#pragma unroll 1
+#pragma unroll
   for (int i = 1; i < 32; i *= 2) {
     const u64 other = __shfl_up_sync(0xffffffffu, sum, i);
     if (lane >= i) sum += other;
@@ -71,7 +71,7 @@ __device__ __noinline__ Sums sum_before(u64 mine) {
   if (lane == 31) warps[warp] = sum;
   sync_consumers();  // publishes the warps' sums
   Sums sums{sum - mine, 0};
-#pragma unroll 1
+#pragma unroll
   for (int w = 0; w < kWarps; w++) {
     if (w < warp) sums.before += warps[w];
     sums.all += warps[w];
@@ -127,7 +127,7 @@ __device__ __noinline__ List bring(const Entry* from, u32 count) {
     if (fits) room[place] = entry;
     low = min(low, entry.key), high = max(high, entry.key);
   });
-#pragma unroll 1
+#pragma unroll
   for (int i = 16; i; i /= 2) {
     low = min(low, __shfl_xor_sync(0xffffffffu, low, i));
     high = max(high, __shfl_xor_sync(0xffffffffu, high, i));
@@ -136,7 +136,7 @@ __device__ __noinline__ List bring(const Entry* from, u32 count) {
   sync_consumers();  // the room is free
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = make_uint2(low, high);
   sync_consumers();  // publishes the list and the warps' least and largest keys
-#pragma unroll 1
+#pragma unroll
   for (int w = 0; w < kWarps; w++) low = min(low, warps[w].x), high = max(high, warps[w].y);
   return {fits ? room : from, count, low, high};
 }

@@ -77,7 +77,7 @@ __device__ __forceinline__ float adjusted(const StepArgs& args, float logit, uin
 // The best of the block's candidates; all threads have it.
 template <class Map>
 __device__ __noinline__ Candidate best_of_block(Candidate mine) {
-#pragma unroll 1
+#pragma unroll
   for (int i = 16; i; i /= 2) {
     const float s = __shfl_xor_sync(0xffffffffu, mine.score, i);
     const u32 t = __shfl_xor_sync(0xffffffffu, mine.token, i);
@@ -87,7 +87,7 @@ __device__ __noinline__ Candidate best_of_block(Candidate mine) {
   sync_consumers();  // the room is free
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
   sync_consumers();  // publishes the warps' candidates
-#pragma unroll 1
+#pragma unroll
   for (int w = 0; w < kWarps; w++) mine.offer(warps[w].score, warps[w].token);
   return mine;
 }
@@ -252,8 +252,9 @@ struct Choice {
     }
     sync_consumers();  // publishes the block's bins
     Bins& all = work.tail()->bins;
-#pragma unroll 1
-    for (int bin = threadIdx.x; bin < kBins; bin += kConsumers) {
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      const int bin = threadIdx.x + i * kConsumers;
       if (bins.weight[bin]) red_add(all.weight + bin, bins.weight[bin]);
       if (bins.count[bin]) red_add(all.count + bin, bins.count[bin]);
       if (bins.logits[bin]) red_add(all.logits + bin, bins.logits[bin]);

@@ -236,7 +236,7 @@ def _attention_bytes(config: ModelConfig, columns: int, slots: int) -> int:
     queries, fresh = ATTENTION_ROWS * (config.head_dim * 2 + 16), 64 * config.head_dim
     group = config.n_heads // config.n_kv_heads
     rows = min(ATTENTION_ROWS, group) if columns == 1 else ATTENTION_ROWS
-    return queries + fresh + slots * rows * (config.head_dim + 2) * 4
+    return queries + fresh + slots * rows * (config.head_dim + 6) * 4
 
 
 def _attention_slots(config: ModelConfig, tuning: Tuning, columns: int, room: int) -> int | None:

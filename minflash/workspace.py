@@ -62,7 +62,7 @@ def workspace_offsets(
         "scores": 4 * config.vocab_size, "listed": 8 * config.vocab_size,
         "ranked": 8 * config.vocab_size, "noted": 8 * config.vocab_size,
         "mask": 4 * -(-config.vocab_size // 32),
-        "partials": 4 * tuning.grid * ATTENTION_ROWS * (config.head_dim + 2),
+        "partials": 4 * tuning.grid * ATTENTION_ROWS * (config.head_dim + 4),
         # The same vectors of one column, in words that carry the number of a phase.
         "residual_words": 8 * config.dim, "qkv_words": 8 * qkv,
         "attended_words": 4 * config.n_heads * config.head_dim,
