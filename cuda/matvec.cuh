@@ -33,9 +33,12 @@ struct Walk {
     return kPanels == 1 ? m.tiles() : smaller(kPanelTiles, m.tiles() - panel * kPanelTiles);
   }
   static __device__ __forceinline__ constexpr int chunks(int panel) { return ceil_div(tiles(panel), m.chunk_tiles); }
-  static constexpr int kMostInFlight = int(kInFlightBytes) / (m.chunk_tiles * m.tile_bytes());
-  static constexpr int kInFlight = kMostInFlight < 2 ? 2 : smaller(kMostInFlight, Map::kStages - 1);
-  static_assert(kInFlight < Map::kStages, "a stage cannot be filled twice");
+  // Copies that have not landed, at most. Few at first, while blocks exchange results, which wait behind them; later more.
+  static constexpr int kLater = (Map::kStages + kWarps) / chunks(0);  // row blocks: consumers have their activations by then
+  static __device__ __forceinline__ constexpr int in_flight(u32 bytes) {
+    const int most = int(bytes) / (m.chunk_tiles * m.tile_bytes());
+    return most < 2 ? 2 : smaller(most, Map::kStages - 1);  // a stage cannot be filled twice
+  }
 
   // Scratch: activations of a panel [kColumns][columns of the panel], 16-bit; their sums over groups
   // [kColumns][kSums], fp32; partial sums [kWindow][kSlots][16][kColumns], fp32, up to Map::kReduce. Chunks of a
@@ -52,13 +55,15 @@ struct Walk {
 // A walk as the producer needs it: as data, so that one loop, compiled once, streams all matrices.
 struct Route {
   u64 offset;                                                // of the matrix
-  int row_block_bytes, panel_bytes, chunk_bytes, in_flight;  // in_flight: copies
+  int row_block_bytes, panel_bytes, chunk_bytes;
+  int in_flight, later_in_flight, later;                     // copies; from which row block of a share on
   int row_blocks, parts, window, panels;                     // panels: those of a block
 };
 template <class Map, Matrix m>
 __device__ constexpr Route route() {
   using W = Walk<Map, m>;
-  return {m.offset, m.row_block_bytes(), W::kPanelTiles * m.tile_bytes(), m.chunk_tiles * m.tile_bytes(), W::kInFlight,
+  return {m.offset, m.row_block_bytes(), W::kPanelTiles * m.tile_bytes(), m.chunk_tiles * m.tile_bytes(),
+          W::in_flight(kInFlightBytes), W::in_flight(kLaterInFlightBytes), W::kLater,
           m.row_blocks(), W::kParts, W::kWindow, W::kPanelsOfBlock};
 }
 
@@ -74,7 +79,7 @@ __device__ __forceinline__ void stream_matrix(Streamer<Map>& to, Deal& deal, con
       for (int b = window; b < smaller(window + r.window, share.count); b++) {
         const int begin = panel * r.panel_bytes;
         const u8* src = base + r.offset + (u64)(share.first + b * teams) * r.row_block_bytes + begin;
-        to.copy(src, smaller(r.panel_bytes, r.row_block_bytes - begin), r.chunk_bytes, r.in_flight);
+        to.copy(src, smaller(r.panel_bytes, r.row_block_bytes - begin), r.chunk_bytes, b < r.later ? r.in_flight : r.later_in_flight);
       }
 }
 

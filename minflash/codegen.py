@@ -258,7 +258,8 @@ def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
         f"constexpr int kPrefetch = {tuning.prefetch}, kPrefetchNs = {tuning.prefetch_ns};",
         f"constexpr int kMaxSplits = {tuning.max_splits}, kSplitBlocks = {tuning.split_blocks};",
         f"constexpr int kGrid = {tuning.grid}, kSharedBytes = {tuning.shared_bytes};",
-        f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes};",
+        f"constexpr u32 kInFlightBytes = {tuning.in_flight_bytes}, "
+        f"kLaterInFlightBytes = {tuning.later_in_flight_bytes};",
         f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)};",
         f"constexpr bool kProfile = {_bool(tuning.profile)};",
         f"constexpr int kTailBytes = {TAIL_BYTES}, kMostLogprobs = {MAX_LOGPROBS};",

@@ -26,7 +26,7 @@ _LEAST_WINDOW = 2  # row blocks whose partial sums are kept
 _PANEL_STEP = 128  # columns: a multiple of every tile's width
 _LINE_BYTES = 128  # of L2: copies that cut lines cost a tenth of the speed (docs/experiments.md)
 _STAGE_BYTES = 8192  # about this much
-_PREFETCH = 12  # chunks: of 16 bits, a multiprocessor's part of a layer half a megabyte or more
+_PREFETCH = 24  # chunks: where a multiprocessor's part of a layer is half a megabyte or more
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Tuning:
     stages: int = 24  # most stages of the ring; a kernel takes fewer where memory is short
     stage_bytes: int = 8192
     in_flight_bytes: int = 40960  # most bytes of copies that have not landed
+    later_in_flight_bytes: int = 81920  # the same once a matrix has its activations
     prefetch: int = 0  # chunks beyond a full ring that may be brought into L2
-    prefetch_ns: int = 300  # from one of them to the next
+    prefetch_ns: int = 150  # from one of them to the next
     bulk_copy: bool = True  # cp.async.bulk, sm_90 and newer; else cp.async
     grid: int = 132  # blocks
     shared_bytes: int = 232448
@@ -88,15 +89,15 @@ def choose(
     # What was fastest: the less there is to stream, the more barriers suffer from what is queued
     # before them (docs/experiments.md).
     wide = all(m.type in ("bf16", "fp16") for m in matrices.values())
+    in_flight_bytes = (5 if wide else 4) * stage_bytes
     chosen = Tuning(
         bulk_copy=device.compute_capability >= 90,
         grid=device.multiprocessors,
         shared_bytes=device.shared_bytes,
         stage_bytes=stage_bytes,
-        in_flight_bytes=(5 if wide else 4) * stage_bytes,
-        prefetch=_PREFETCH
-        if wide and _layer_bytes(matrices) >= device.multiprocessors << 19
-        else 0,
+        in_flight_bytes=in_flight_bytes,
+        later_in_flight_bytes=2 * in_flight_bytes,
+        prefetch=_PREFETCH if _layer_bytes(matrices) >= device.multiprocessors << 19 else 0,
     )
     return replace(chosen, **overrides)  # type: ignore[arg-type]
 
