@@ -275,17 +275,32 @@ __device__ void attend_all(Consumer<Map>& consumer, const Plan<Map>& plan, const
   const Scratch<Map> s = Scratch<Map>::here();
   Running run;
   const auto column_of = [&](int row) { return (u.row_tile * kRows + row) / kGroup; };
-  const Seen past = Seen::of([&](int row) { return plan.position + column_of(row); }, plan.position - 1, window);
-  const int begin = plan.split_begin(u.split), end = plan.split_begin(u.split + 1);
-  consumer.take(ceil_div(end - begin, kChunkBlocks), [&](int i, const u8* data) {
+  const int begin = plan.split_begin(u.split), end = plan.split_begin(u.split + 1), chunks = ceil_div(end - begin, kChunkBlocks);
+  // Whose turn it is after the last chunk has had the fewest of them.
+  bool fresh = u.split == plan.splits - 1 && thread_index() / 32 == (consumer.begin + chunks) % kWarps;
+  Seen seen = Seen::of([&](int row) { return plan.position + column_of(row); }, plan.position - 1, window);
+  const u8* chunk = nullptr;  // the ring's
+  const u8* blocks = nullptr;
+  int first = 0, count = 0;   // the position of the first block, and how many they are
 #pragma unroll 1
-    for (int b = 0; b < smaller(kChunkBlocks, end - begin - i * kChunkBlocks); b++) {
-      const int first = (begin + i * kChunkBlocks + b) * 16;
-      attend<1>(run, data + b * kBlockBytes, 1, s.queries, first, past);
+  while (true) {  // over blocks, so that attend() is compiled once
+    if (count == 0) {
+      if (chunk) consumer.release();
+      const int i = consumer.next - consumer.begin;
+      chunk = consumer.await(chunks);
+      if (chunk) {
+        blocks = chunk, first = (begin + i * kChunkBlocks) * 16, count = smaller(kChunkBlocks, end - begin - i * kChunkBlocks);
+      } else if (fresh) {
+        blocks = s.fresh, first = 0, count = 1, fresh = false;
+        seen = Seen::of(column_of, plan.n_columns - 1, window);
+      } else {
+        break;
+      }
     }
-  });
-  if (thread_index() / 32 == consumer.begin % kWarps && u.split == plan.splits - 1)  // whose turn it is: it has the fewest chunks
-    attend<1>(run, s.fresh, 1, s.queries, 0, Seen::of(column_of, plan.n_columns - 1, window));
+    attend<1>(run, blocks, 1, s.queries, first, seen);
+    blocks += kBlockBytes, first += 16, count--;
+  }
+  consumer.begin += chunks;
   const int slot = thread_index() / 32 % Map::kSlots, turn = thread_index() / 32 / Map::kSlots;
 #pragma unroll 1
   for (int round = 0; round < kWarps / Map::kSlots; round++) {

@@ -109,8 +109,8 @@ __device__ __forceinline__ void multiply_group(WarpSums<s>& sums, const u8* tile
   }
 }
 
-// sums += the first tiles of a stage.
-template <Matrix m, Shape s>
+// sums += the first tiles of a stage; kWhole: all.
+template <Matrix m, Shape s, bool kWhole>
 __device__ __forceinline__ void multiply_stage(WarpSums<s>& sums, const u8* stage, int tiles) {
   using S = Stage<m, s>;
   constexpr int kSlices = m.tile_cols() / 32;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void multiply_stage(WarpSums<s>& sums, const u8* stag
   const float* x_sums = reinterpret_cast<const float*>(stage + S::kSums) + column + lane / 4;
 #pragma unroll(m.group ? 1 : S::kTiles)
   for (int t = 0; t < S::kTiles; t++) {
-    if (m.tiles() % S::kTiles && t >= tiles) break;
+    if (!kWhole && t >= tiles) break;
     const u8* tile = weights + t * m.tile_bytes();
     if constexpr (m.group == 0) {
       multiply_slice<m, S::kBlockBytes>(sums, tile, 0, x + t * s.columns * 64);
@@ -133,16 +133,20 @@ __device__ __forceinline__ void multiply_stage(WarpSums<s>& sums, const u8* stag
   }
 }
 
+// Whether the columns of m are whole stages.
+template <bool kFew, Matrix m>
+constexpr bool kWholeStages = m.tiles() % Stage<m.rows_alone(), shape<kFew, m.rows_alone()>()>::kTiles == 0;
+
 // All tiles of Y. use(row, column, low, high) receives rows row, row + 1 and row + 8, row + 9 of column `column`
-// < n_columns; row is even.
-template <bool kFew, Matrix m, class Use>
-__device__ void multiply(const u8* weights, const Operand<m>& x, int n_columns, Use use) {
+// < n_columns; row is even. m: a matrix's rows_alone(); kWhole: its kWholeStages.
+template <bool kFew, Matrix m, bool kWhole, class Use>
+__device__ __forceinline__ void multiply_rows(const u8* weights, const View& x, int n_columns, Use use) {
   constexpr Shape s = shape<kFew, m>();
   using S = Stage<m, s>;
   constexpr int kBlocks = s.warp_blocks();
   const int column_tiles = ceil_div(n_columns, s.columns), tiles = ceil_div(m.row_blocks(), s.row_blocks) * column_tiles;
   const int mine = int(blockIdx.x) < tiles ? (tiles - 1 - int(blockIdx.x)) / kGrid + 1 : 0;
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4, steps = S::steps(x.tiles);
   Place loading(column_tiles), at(column_tiles);
   WarpSums<s> sums = {};
   const auto finish = [&](int row_block, int first_column) {
@@ -156,19 +160,23 @@ __device__ void multiply(const u8* weights, const Operand<m>& x, int n_columns, 
     }
   };
   pipeline<S::kStages, S::kBytes>(
-      dynamic_smem(), mine * S::kSteps,
+      dynamic_smem(), mine * steps,
       [&](u8* stage, int, u64* landed) {
         load_stage<m, s>(stage, landed, weights, x, loading, n_columns);
-        loading.next(S::kSteps);
+        loading.next(steps);
       },
       [&](const u8* stage, int) {
         const int row_block = at.row_tile * s.row_blocks + warp % s.warps_down * kBlocks;
         const int first_column = at.column_tile * s.columns + warp / s.warps_down * s.warp_columns;
         if (row_block < m.row_blocks() && first_column < n_columns) {
-          multiply_stage<m, s>(sums, stage, smaller(S::kTiles, m.tiles() - at.step * S::kTiles));
-          if (at.step + 1 == S::kSteps) finish(row_block, first_column);
+          multiply_stage<m, s, kWhole>(sums, stage, smaller(S::kTiles, x.tiles - at.step * S::kTiles));
+          if (at.step + 1 == steps) finish(row_block, first_column);
         }
-        at.next(S::kSteps);
+        at.next(steps);
       });
+}
+template <bool kFew, Matrix m, class Use>
+__device__ __forceinline__ void multiply(const u8* layer, const View& x, int n_columns, Use use) {
+  multiply_rows<kFew, m.rows_alone(), kWholeStages<kFew, m>>(layer + m.offset, x, n_columns, use);
 }
 }  // namespace gemm

@@ -173,18 +173,22 @@ struct Consumer {
 
   __device__ __forceinline__ explicit Consumer(const StepArgs& args) : args(args), profile(args), next(threadIdx.x / 32), stage(threadIdx.x / 32) {}
 
+  // Of the next `count` chunks this warp's next, which must be released after use; nullptr: it has no more of them.
+  __device__ __forceinline__ const u8* await(u32 count) const {
+    if (next >= begin + count) return nullptr;
+    wait_parity<Map>(stage, parity, args);
+    return Shared<Map>::stage(stage);
+  }
+  __device__ __forceinline__ void release() {
+    mbarrier_arrive(&Shared<Map>::ring().empty[stage]);
+    next += kWarps;
+    if ((stage += kWarps) >= Map::kStages) { stage -= Map::kStages; parity ^= 1; }
+  }
   // Calls use(i, data) for each of the next `count` chunks that is this warp's; i counts from 0.
   template <class Use>
   __device__ __forceinline__ void take(u32 count, Use use) {
-    const u32 end = begin + count;
 #pragma unroll 1
-    for (; next < end; next += kWarps) {
-      Ring<Map>& ring = Shared<Map>::ring();
-      wait_parity<Map>(stage, parity, args);
-      use(int(next - begin), Shared<Map>::stage(stage));
-      mbarrier_arrive(&ring.empty[stage]);
-      if ((stage += kWarps) >= Map::kStages) { stage -= Map::kStages; parity ^= 1; }
-    }
-    begin = end;
+    for (; const u8* data = await(count); release()) use(int(next - begin), data);
+    begin += count;
   }
 };

@@ -92,6 +92,8 @@ __device__ __noinline__ void norm(const float* weight, const float* residual, ge
   }
 }
 
+__device__ __forceinline__ float2 biased(const float* bias, int row, float2 v) { return bias ? make_float2(v.x + bias[row], v.y + bias[row + 1]) : v; }
+
 // Sums over groups of columns that other phases left behind.
 template <Matrix m>
 __device__ __noinline__ void sum_groups(gemm::Operand<m> x, int n_columns) {
@@ -106,26 +108,34 @@ __device__ __noinline__ void sum_groups(gemm::Operand<m> x, int n_columns) {
   }
 }
 
+// A product that is added to the residual, with a bias if there is one; nobody else adds to it. Compiled once for W_o and
+// W_down where they differ in their columns only.
+template <bool kFew, Matrix m, bool kWhole>
+__device__ __noinline__ void add_rows(const u8* weights, gemm::View x, const float* bias, float* residual, int n_columns) {
+  gemm::multiply_rows<kFew, m, kWhole>(weights, x, n_columns, [&](int row, int column, float2 low, float2 high) {
+    float* at = residual + (u64)column * model::kDim + row;
+    low = biased(bias, row, low), high = biased(bias, row + 8, high);
+    red_add(at, low.x), red_add(at + 1, low.y);
+    red_add(at + 8, high.x), red_add(at + 9, high.y);
+  });
+}
+template <bool kFew, Matrix m>
+__device__ __forceinline__ void add_product(const u8* layer, const gemm::View& x, const float* bias, float* residual, int n_columns) {
+  add_rows<kFew, m.rows_alone(), gemm::kWholeStages<kFew, m>>(layer + m.offset, x, bias, residual, n_columns);
+}
+
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 // kFew: for at most gemm::kFewColumns tokens.
 template <bool kFew>
 __device__ void read_chunk(const StepArgs& args) {
   const PrefillWorkspace work(args);
-  const gemm::Operand<tensors::wqkv> attention_input{work.x(), work.x_sums()};
-  const gemm::Operand<tensors::w_gate_up> ffn_input{work.x(), work.x_sums()};
-  const gemm::Operand<tensors::wo> attended{work.attended(), work.attended_sums()};
-  const gemm::Operand<tensors::w_down> hidden{work.hidden(), work.hidden_sums()};
+  const gemm::Operand<tensors::wqkv.columns_alone()> attention_input{work.x(), work.x_sums()};
+  const gemm::Operand<tensors::w_gate_up.columns_alone()> ffn_input{work.x(), work.x_sums()};
+  const gemm::Operand<tensors::wo.columns_alone()> attended{work.attended(), work.attended_sums()};
+  const gemm::Operand<tensors::w_down.columns_alone()> hidden{work.hidden(), work.hidden_sums()};
   GridBarrier grid(args);
   const int n = args.n_columns;
-
-  const auto biased = [](const float* bias, int row, float2 v) { return bias ? make_float2(v.x + bias[row], v.y + bias[row + 1]) : v; };
-  const auto add_to_residual = [&](const float* bias, int column, int row, float2 v) {  // nobody else adds to it
-    float* at = work.residual() + (u64)column * model::kDim + row;
-    v = biased(bias, row, v);
-    red_add(at, v.x);
-    red_add(at + 1, v.y);
-  };
 
   gemm::init_pipelines();
   embed(args.weights + tensors::embed.offset, work.tokens(), work.residual(), n);
@@ -139,7 +149,7 @@ __device__ void read_chunk(const StepArgs& args) {
     grid.sync();  // publishes the normed residual
 
     const float* wqkv_bias = vector(tensors::wqkv_bias);
-    gemm::multiply<kFew>(weights + tensors::wqkv.offset, attention_input, n, [&](int row, int column, float2 low, float2 high) {
+    gemm::multiply<kFew, tensors::wqkv>(weights, attention_input.view(), n, [&](int row, int column, float2 low, float2 high) {
       float* at = work.qkv() + (u64)column * tensors::wqkv.rows + row;
       *reinterpret_cast<float2*>(at) = biased(wqkv_bias, row, low);
       *reinterpret_cast<float2*>(at + 8) = biased(wqkv_bias, row + 8, high);
@@ -157,18 +167,14 @@ __device__ void read_chunk(const StepArgs& args) {
       grid.sync();  // publishes the sums of the heads' outputs
     }
 
-    const float* wo_bias = vector(tensors::wo_bias);
-    gemm::multiply<kFew>(weights + tensors::wo.offset, attended, n, [&](int row, int column, float2 low, float2 high) {
-      add_to_residual(wo_bias, column, row, low);
-      add_to_residual(wo_bias, column, row + 8, high);
-    });
+    add_product<kFew, tensors::wo>(weights, attended.view(), vector(tensors::wo_bias), work.residual(), n);
     grid.sync();  // publishes the residual with attention added
 
     norm(vector(tensors::ffn_norm), work.residual(), ffn_input, n);
     grid.sync();  // publishes the normed residual
 
     const float* w_gate_up_bias = vector(tensors::w_gate_up_bias);
-    gemm::multiply<kFew>(weights + tensors::w_gate_up.offset, ffn_input, n, [&](int row, int column, float2 gate, float2 up) {
+    gemm::multiply<kFew, tensors::w_gate_up>(weights, ffn_input.view(), n, [&](int row, int column, float2 gate, float2 up) {
       gate = biased(w_gate_up_bias, row, gate), up = biased(w_gate_up_bias, row + 8, up);
       *hidden.pair(column, row / 16 * 8 + row % 8) = round_pair<tensors::w_down.bf16()>(silu(gate.x) * up.x, silu(gate.y) * up.y);
     });
@@ -178,11 +184,7 @@ __device__ void read_chunk(const StepArgs& args) {
       grid.sync();  // publishes the sums of SwiGLU's result
     }
 
-    const float* w_down_bias = vector(tensors::w_down_bias);
-    gemm::multiply<kFew>(weights + tensors::w_down.offset, hidden, n, [&](int row, int column, float2 low, float2 high) {
-      add_to_residual(w_down_bias, column, row, low);
-      add_to_residual(w_down_bias, column, row + 8, high);
-    });
+    add_product<kFew, tensors::w_down>(weights, hidden.view(), vector(tensors::w_down_bias), work.residual(), n);
     grid.sync();  // publishes the layer's output
   }
 }

@@ -82,8 +82,8 @@ __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, con
         [&](u8* stage, int i, u64* landed) {
           const int block = begin + i * kBlocks;
           constexpr int kBytes = attention::kBlockBytes;
-          gemm::begin_copies(landed, gemm::Runs<kBlocks, kBytes, kBytes>{stage, cache + attention::block_offset(kv_head, block, args.max_blocks),
-                                                                         smaller(kBlocks, end - block), kBytes});
+          gemm::begin_copies(landed, gemm::Runs<kBlocks, kBytes>{stage, cache + attention::block_offset(kv_head, block, args.max_blocks),
+                                                                 kBytes, smaller(kBlocks, end - block), kBytes});
         },
         [&](const u8* stage, int i) {
           const int from = (begin + i * kBlocks) * 16;

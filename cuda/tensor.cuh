@@ -30,6 +30,10 @@ struct Matrix {
   __device__ constexpr int padded_cols() const { return tiles() * tile_cols(); }
   __device__ constexpr int row_blocks() const { return (rows + 15) / 16; }
   __device__ constexpr int row_block_bytes() const { return tiles() * tile_bytes(); }
+
+  // What some code depends on, so that matrices which are alike in that share it: columns, or rows.
+  __device__ constexpr Matrix columns_alone() const { return {0, 0, cols, type, group, 0, 0}; }
+  __device__ constexpr Matrix rows_alone() const { return {0, rows, 0, type, group, 0, 0}; }
 };
 
 template <bool kFirst, class A, class B> struct Choose { using Type = A; };

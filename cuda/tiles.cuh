@@ -38,6 +38,13 @@ __device__ constexpr Shape shape() {
   return best;
 }
 
+// X as a product reads it: cut along its rows as a matrix's columns, in so many tiles.
+struct View {
+  const u8* x;
+  const float* sums;
+  int tiles;
+};
+
 // The columns that m is multiplied with, in the order of stages and of fragments, so that a lane reads the four
 // words of an mma's operand at once: [tile][slice of 32 rows][16 columns][step of 4 rows][lane][pair of rows]
 // [half of 8 columns][2], 16-bit. For integer weights also their sums over groups: [tile][group][column].
@@ -48,6 +55,7 @@ struct Operand {
   static constexpr int kTileBytes = kSlices * kOperandColumns * 64;
   u8* x;
   float* sums;
+  __device__ __forceinline__ View view() const { return {x, sums, m.tiles()}; }
   // Rows k and k + 1 of a column: k is even.
   __device__ __forceinline__ u32* pair(int column, int k) const {
     const int lane = column % 8 * 4 + k % 32 / 8, in_tile = column % kOperandColumns;
@@ -79,18 +87,18 @@ struct Stage {
   static constexpr int kSums = kX + kTiles * m.tile_cols() * s.columns * 2;
   static constexpr int kTileGroups = m.has_sums() ? m.tile_cols() / m.group : 0;
   static constexpr int kBytes = kSums + kTiles * kTileGroups * s.columns * 4;
-  static constexpr int kSteps = ceil_div(m.tiles(), kTiles);  // of a tile of Y
+  static __device__ __forceinline__ constexpr int steps(int tiles) { return ceil_div(tiles, kTiles); }  // of a tile of Y
   static constexpr int kStages = smaller(kMostStages, kStageRoom / kBytes);
   static_assert(kStages >= 2, "copying and computing need a stage each");
 };
 
-// The first `count` of kCount runs of kMost bytes, kStride bytes apart in device memory: of each the first `bytes`, a
+// The first `count` of kCount runs of kMost bytes, `stride` bytes apart in device memory: of each the first `bytes`, a
 // multiple of 16.
-template <int kCount, int kMost, int kStride>
+template <int kCount, int kMost>
 struct Runs {
   u8* to;
   const u8* from;
-  int count, bytes;
+  int stride, count, bytes;
   // Bulk copies: a warp has every kWarps-th run, from its number on.
   __device__ __forceinline__ u32 bytes_of(int warp) const {
     u32 sum = 0;
@@ -101,13 +109,13 @@ struct Runs {
   __device__ __forceinline__ void copy_of(int warp, u64* landed) const {
 #pragma unroll
     for (int i = 0; i < kCount; i += kWarps)
-      if (i + warp < count) cp_async_bulk(to + (i + warp) * kMost, from + (i + warp) * kStride, bytes, landed);
+      if (i + warp < count) cp_async_bulk(to + (i + warp) * kMost, from + (i + warp) * stride, bytes, landed);
   }
   __device__ __forceinline__ void copy_by_all() const {
 #pragma unroll
     for (int i = 0; i < ceil_div(kCount * kMost, kConsumers * 16); i++) {
       const int at = (i * kConsumers + threadIdx.x) * 16, run = at / kMost, in_run = at % kMost;
-      if (at < count * kMost && in_run < bytes) cp_async_16(to + at, from + run * kStride + in_run);
+      if (at < count * kMost && in_run < bytes) cp_async_16(to + at, from + run * stride + in_run);
     }
   }
 };
@@ -186,24 +194,22 @@ struct Place {
 // What is not there is computed with and dropped: rows past the last one, columns from n_columns on. Of few columns
 // only those that are there are copied.
 template <Matrix m, Shape s>
-__device__ __forceinline__ void load_stage(u8* stage, u64* landed, const u8* weights, const Operand<m>& x, const Place& place, int n_columns) {
+__device__ __forceinline__ void load_stage(u8* stage, u64* landed, const u8* weights, const View& x, const Place& place, int n_columns) {
   using S = Stage<m, s>;
-  using O = Operand<m>;
-  const int first = place.step * S::kTiles, tiles = m.tiles() % S::kTiles ? smaller(S::kTiles, m.tiles() - first) : S::kTiles;
+  constexpr int kSlices = m.tile_cols() / 32, kSliceBytes = kOperandColumns * 64;  // slices of a tile
+  const int first = place.step * S::kTiles, tiles = smaller(S::kTiles, x.tiles - first), row_block_bytes = x.tiles * m.tile_bytes();
   const int row_block = place.row_tile * s.row_blocks, columns = s.columns == kFewColumns ? (n_columns + 15) / 16 * 16 : s.columns;
-  constexpr int kSlices = m.tile_cols() / 32;  // of a tile
-  const Runs<s.row_blocks, S::kBlockBytes, m.row_block_bytes()> rows{
-      stage, weights + (u64)row_block * m.row_block_bytes() + first * m.tile_bytes(), smaller(s.row_blocks, m.row_blocks() - row_block),
-      tiles * m.tile_bytes()};
-  const u8* from = x.x + (u64)place.column_tile * O::kTileBytes + first * kSlices * kOperandColumns * 64;
+  const Runs<s.row_blocks, S::kBlockBytes> rows{stage, weights + (u64)row_block * row_block_bytes + first * m.tile_bytes(), row_block_bytes,
+                                                smaller(s.row_blocks, m.row_blocks() - row_block), tiles * m.tile_bytes()};
+  const u8* from = x.x + ((u64)place.column_tile * x.tiles + first) * kSlices * kSliceBytes;
   constexpr bool kWhole = s.columns == kOperandColumns;  // slices lie side by side
   constexpr int kRuns = kWhole ? 1 : S::kTiles * kSlices, kRunBytes = (kWhole ? S::kTiles * kSlices : 1) * s.columns * 64;
-  const Runs<kRuns, kRunBytes, kOperandColumns * 64> slices{stage + S::kX, from, kWhole ? 1 : tiles * kSlices,
-                                                            (kWhole ? tiles * kSlices : 1) * columns * 64};
+  const Runs<kRuns, kRunBytes> slices{stage + S::kX, from, kSliceBytes, kWhole ? 1 : tiles * kSlices,
+                                      (kWhole ? tiles * kSlices : 1) * columns * 64};
   if constexpr (m.has_sums()) {
-    const float* sums = x.sums + (place.column_tile * O::kGroups + first * S::kTileGroups) * kOperandColumns;
-    const Runs<S::kTiles * S::kTileGroups, s.columns * 4, kOperandColumns * 4> groups{
-        stage + S::kSums, reinterpret_cast<const u8*>(sums), tiles * S::kTileGroups, columns * 4};
+    const float* sums = x.sums + (place.column_tile * x.tiles + first) * S::kTileGroups * kOperandColumns;
+    const Runs<S::kTiles * S::kTileGroups, s.columns * 4> groups{stage + S::kSums, reinterpret_cast<const u8*>(sums), kOperandColumns * 4,
+                                                                 tiles * S::kTileGroups, columns * 4};
     begin_copies(landed, rows, slices, groups);
   } else {
     begin_copies(landed, rows, slices);
