@@ -6,8 +6,8 @@
 // Begins to copy the columns of a panel, a column by a warp; columns_landed() waits for them.
 template <class Map, Matrix m>
 __device__ __forceinline__ void copy_columns(const u16* source, int n_columns, int panel) {
-  using C = Columns<Map, m>;
-  using W = Walk<Map, m>;
+  using C = ActivationsOf<Map, m>;
+  using W = ActivationsOf<Map, m>;
   const int begin = panel * W::kPanelTiles * m.tile_cols(), padded = W::tiles(panel) * m.tile_cols();
   const int cols = smaller(padded, m.cols - begin);
   if (W::kPanelsOfBlock > 1) sync_consumers();  // nobody reads the previous panel any more
@@ -58,14 +58,14 @@ __device__ __noinline__ void sum_groups(const u8* x, int stride, float* sums, in
 // Waits, and adds the sums over groups that integer weights need.
 template <class Map, Matrix m>
 __device__ __forceinline__ void columns_landed(Consumer<Map>& consumer, int n_columns, int panel) {
-  using C = Columns<Map, m>;
+  using C = ActivationsOf<Map, m>;
   if constexpr (kBulkCopy) {
     wait_long<Map>(2 * Map::kStages, consumer.columns_parity, consumer.args.alarm, consumer.args.watchdog_ns);
     consumer.columns_parity ^= 1;
   }
   if constexpr (m.has_sums()) {
     if (!kBulkCopy || m.padded_cols() != m.cols) sync_consumers();  // publishes what other threads wrote
-    using W = Walk<Map, m>;
+    using W = ActivationsOf<Map, m>;
     sum_groups<m.group>(C::x(0), W::kStride, C::sums(0), W::kSums, W::tiles(panel) * m.tile_cols() / m.group);
   }
   sync_consumers();  // publishes the activations to the block's consumers
@@ -140,7 +140,7 @@ __device__ void store_columns(const Exchange<Map>& exchange, const Residual<Map>
 template <class Map, Matrix m>
 __device__ __forceinline__ void load_normed(Consumer<Map>& consumer, Exchange<Map>& exchange, const Residual<Map>& residual,
                                             const Reader& reader, int n_columns, int panel, bool first) {
-  if constexpr (kTagged<Map>) norm_column<Map, m>(exchange, residual, reader.weight);
+  if constexpr (kTagged<Map>) exchange.grid.gave_up = norm_column<Map, m.columns_and_parts()>(exchange, residual, reader.weight);
   else load_normed_columns<Map, m>(consumer, residual, n_columns, panel, first);
 }
 template <class Map, Matrix m>

@@ -18,20 +18,38 @@ struct Deal {
   }
 };
 
-// How a matrix is walked: windows of row blocks whose partial sums fit in shared memory, in each window
-// panels of columns whose activations fit, in each panel row block after row block. Where a matrix is in parts, a
-// block has one panel only, and its team adds up the sums.
+// The activations that a matrix is multiplied with: panels of columns that fit into shared memory. Where a matrix is in
+// parts, a block has one panel only, and its team adds up the sums.
 template <class Map, Matrix m>
-struct Walk {
-  static constexpr int kParts = Map::kColumns == 1 ? 1 : m.parts, kTeams = kGrid / kParts;
+struct Activations {
+  static constexpr int kParts = Map::kColumns == 1 ? 1 : m.parts;
   static constexpr int kPanelTiles = smaller(Map::kPanelCols / m.tile_cols(), ceil_div(m.tiles(), kParts));
   static constexpr int kPanels = ceil_div(m.tiles(), kPanelTiles);
   static constexpr int kPanelsOfBlock = kParts > 1 ? 1 : kPanels;  // else each block of a team has one
   static_assert(kParts == 1 || kPanels == kParts, "a part is a panel");
-  static_assert(kGrid % kParts == 0, "teams are of one size");
   static __device__ __forceinline__ constexpr int tiles(int panel) {
     return kPanels == 1 ? m.tiles() : smaller(kPanelTiles, m.tiles() - panel * kPanelTiles);
   }
+
+  // Scratch begins with a panel's activations [kColumns][columns of the panel], 16-bit, then their sums over groups
+  // [kColumns][kSums], fp32.
+  static constexpr int kStride = (kPanelTiles * m.tile_cols() * 2 + 127) / 128 * 128 + 64;  // two columns meet different banks
+  static constexpr int kSums = m.has_sums() ? kPanelTiles * m.tile_cols() / m.group : 0;
+  static constexpr int kSumsAt = Map::kColumns * kStride, kEnd = (kSumsAt + 4 * Map::kColumns * kSums + 15) / 16 * 16;
+  static __device__ __forceinline__ u8* x(int column) { return Shared<Map>::scratch() + column * kStride; }
+  static __device__ __forceinline__ float* sums(int column) { return reinterpret_cast<float*>(Shared<Map>::scratch() + kSumsAt) + column * kSums; }
+};
+template <class Map, Matrix m>
+using ActivationsOf = Activations<Map, m.columns_and_parts()>;
+
+// How a matrix is walked: windows of row blocks whose partial sums fit in shared memory, in each window the panels,
+// in each panel row block after row block.
+template <class Map, Matrix m>
+struct Walk : ActivationsOf<Map, m> {
+  using Base = ActivationsOf<Map, m>;
+  using Base::kParts, Base::kPanelTiles, Base::tiles;
+  static constexpr int kTeams = kGrid / kParts;
+  static_assert(kGrid % kParts == 0, "teams are of one size");
   static __device__ __forceinline__ constexpr int chunks(int panel) { return ceil_div(tiles(panel), m.chunk_tiles); }
   // Copies that have not landed, at most. Few at first, while blocks exchange results, which wait behind them; later more.
   static constexpr int kLater = (Map::kStages + kWarps) / chunks(0);  // row blocks: consumers have their activations by then
@@ -40,15 +58,11 @@ struct Walk {
     return most < 2 ? 2 : smaller(most, Map::kStages - 1);  // a stage cannot be filled twice
   }
 
-  // Scratch: activations of a panel [kColumns][columns of the panel], 16-bit; their sums over groups
-  // [kColumns][kSums], fp32; partial sums [kWindow][kSlots][16][kColumns], fp32, up to Map::kReduce. Chunks of a
+  // Scratch, behind the activations: partial sums [kWindow][kSlots][16][kColumns], fp32, up to Map::kReduce. Chunks of a
   // row block that are kSlots apart are of one warp, which adds them up; others have a slot of their own.
   static constexpr int kSlots = smaller(kWarps, ceil_div(kPanelTiles, m.chunk_tiles));
   static __device__ __forceinline__ constexpr int slots(int panel) { return smaller(kSlots, chunks(panel)); }  // that it uses
-  static constexpr int kStride = (kPanelTiles * m.tile_cols() * 2 + 127) / 128 * 128 + 64;  // two columns meet different banks
-  static constexpr int kSums = m.has_sums() ? kPanelTiles * m.tile_cols() / m.group : 0;
-  static constexpr int kSumsAt = Map::kColumns * kStride, kPartialsAt = (kSumsAt + 4 * Map::kColumns * kSums + 15) / 16 * 16;
-  static constexpr int kWindow = smaller(kConsumers / 8, (Map::kReduce - kPartialsAt) / (kSlots * 16 * Map::kColumns * 4));
+  static constexpr int kWindow = smaller(kConsumers / 8, (Map::kReduce - Base::kEnd) / (kSlots * 16 * Map::kColumns * 4));
   static_assert(kWindow >= 1, "shared_map left no room for partial sums");
 };
 
@@ -82,16 +96,6 @@ __device__ __forceinline__ void stream_matrix(Streamer<Map>& to, Deal& deal, con
         to.copy(src, smaller(r.panel_bytes, r.row_block_bytes - begin), r.chunk_bytes, b < r.later ? r.in_flight : r.later_in_flight);
       }
 }
-
-// Activations of one panel in shared memory.
-template <class Map, Matrix m>
-struct Columns {
-  using W = Walk<Map, m>;
-  static __device__ __forceinline__ u8* x(int column) { return Shared<Map>::scratch() + column * W::kStride; }
-  static __device__ __forceinline__ float* sums(int column) {
-    return reinterpret_cast<float*>(Shared<Map>::scratch() + W::kSumsAt) + column * W::kSums;
-  }
-};
 
 // acc[16 rows x 8 columns] += one tile times its columns of x. acc is in units that finish() restores.
 template <class Map, Matrix m>
@@ -160,7 +164,7 @@ __device__ __forceinline__ float finish(float acc, float bias_acc, bool high_row
 template <class Map, Matrix m>
 __device__ __forceinline__ void multiply_chunk(float* partial, bool first, const u8* tiles, int first_tile, int count) {
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
-  using C = Columns<Map, m>;
+  using C = ActivationsOf<Map, m>;
   const int column = Map::kColumns == 1 ? 0 : g;  // with one column all eight columns of the mma are that one
   const u8* x = C::x(column) + first_tile * m.tile_cols() * 2 + q * 16;
   constexpr int kTileGroups = m.group ? m.tile_cols() / m.group : 0;
@@ -237,7 +241,7 @@ __device__ __forceinline__ void multiply_matrix(Consumer<Map>& consumer, Deal& d
   using W = Walk<Map, m>;
   constexpr int kColumns = Map::kColumns, kOfBlock = WindowSums<Map>::kOfBlock;
   const Deal::Share share = deal.take(m.row_blocks(), W::kParts);
-  float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + W::kPartialsAt);
+  float* partials = reinterpret_cast<float*>(Shared<Map>::scratch() + W::kEnd);
   consumer.profile.mark(kBegin);
   // With one column, who has no rows must not read: nobody waits for it, so what it would read may be
   // overwritten already. With several all must, to take note of norms.

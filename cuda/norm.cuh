@@ -15,7 +15,7 @@ __device__ __forceinline__ float warp_sum(float v) {
 // Which units of a panel's activations belong to a thread.
 template <class Map, Matrix m, int kUnit>
 struct LoadShare {
-  using W = Walk<Map, m>;
+  using W = ActivationsOf<Map, m>;
   static constexpr int kUnits = W::kPanelTiles * m.tile_cols() / kUnit;
   static constexpr int kGroupLanes = m.has_sums() ? m.group / kUnit : 1, kGroupRounds = ceil_div(kGroupLanes, 32);
   static constexpr int kRounds = ceil_div(ceil_div(kUnits, kConsumers), kGroupRounds) * kGroupRounds;
@@ -30,7 +30,7 @@ struct LoadShare {
 // lanes of a warp call it, round after round; units past `end` are not written.
 template <class Map, Matrix m, int kUnit>
 __device__ __forceinline__ void put_rounded(int round, int unit, int end, const u32 (&v)[kUnit / 2], float& carried) {
-  using C = Columns<Map, m>;
+  using C = ActivationsOf<Map, m>;
   using S = LoadShare<Map, m, kUnit>;
   u32* at = reinterpret_cast<u32*>(C::x(0)) + unit * (kUnit / 2);
   if (unit < end) {
@@ -57,7 +57,7 @@ template <class Map, Matrix m>
 __device__ void load_column(Exchange<Map>& exchange, const Halves<Map, m.cols>& source, int panel) {
   constexpr int kUnit = Halves<Map, m.cols>::kUnit;
   using S = LoadShare<Map, m, kUnit>;
-  using W = Walk<Map, m>;
+  using W = ActivationsOf<Map, m>;
   const int begin = panel * S::kUnits, end = W::tiles(panel) * m.tile_cols() / kUnit;
   if (W::kPanels > 1) sync_consumers();  // nobody reads the previous panel any more
   constexpr int kBatch = smaller(S::kRounds, S::kRounds % 7 ? 8 : 7);
@@ -100,12 +100,13 @@ __device__ __forceinline__ void read_unit(const float* from, int unit, float (&v
 }
 
 // RMSNorm(residual) * weight, rounded for m. A thread sums the squares of what it reads, kBatch units at a time;
-// where those are all it keeps them, else it reads them again.
+// where those are all it keeps them, else it reads them again. m: a matrix's columns_and_parts(). Compiled once for all that are
+// alike in these, and so without references, which would keep what they refer to in memory; gives the exchange's gave_up.
 template <class Map, Matrix m>
-__device__ void norm_column(Exchange<Map>& exchange, const Residual<Map>& residual, const float* norm_weight) {
+__device__ __noinline__ bool norm_column(Exchange<Map> exchange, Residual<Map> residual, const float* norm_weight) {
   constexpr int kUnit = Floats<Map, model::kDim>::kUnit;
   using S = LoadShare<Map, m, kUnit>;
-  using W = Walk<Map, m>;
+  using W = ActivationsOf<Map, m>;
   static_assert(W::kPanels == 1, "a column is normed as a whole");
   constexpr int kEnd = model::kDim / kUnit, kPadded = m.padded_cols() / kUnit, kBatch = smaller(S::kRounds, 16);
   constexpr bool kKeep = S::kRounds == kBatch, kWhole = S::whole(kEnd, kBatch);
@@ -150,6 +151,7 @@ __device__ void norm_column(Exchange<Map>& exchange, const Residual<Map>& residu
     }
   }
   sync_consumers();  // publishes the activations to the block's consumers
+  return exchange.grid.gave_up;
 }
 
 // This block's part of the embedding into the residual, from read(column, k8, v).

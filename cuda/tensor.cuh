@@ -33,6 +33,7 @@ struct Matrix {
 
   // What some code depends on, so that matrices which are alike in that share it: columns, or rows.
   __device__ constexpr Matrix columns_alone() const { return {0, 0, cols, type, group, 0, 0}; }
+  __device__ constexpr Matrix columns_and_parts() const { return {0, 0, cols, type, group, 0, parts}; }
   __device__ constexpr Matrix rows_alone() const { return {0, rows, 0, type, group, 0, 0}; }
 };
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from .cache import cache_dir
 from .errors import DeviceError
 from .notice import say_once
+from .nvrtc import compile_with, library_path
 
 OPTIONS = ("-std=c++20", "-ftz=true")  # numbers below 2^-126 count as zero
 _DIGEST_BYTES = 32
@@ -54,13 +55,23 @@ def compile_all(
     return results
 
 
-def compiled(source: str, options: Sequence[str]) -> bytes:
-    """The machine code of ``source`` (a cubin), from the cache when it holds it."""
+def compiled(source: str, options: Sequence[str], library: str | None = None) -> bytes:
+    """The machine code of ``source`` (a cubin), from the cache when it holds it.
+
+    library: the file of an NVRTC, to be used without importing CuPy if that works.
+    """
     code = load_cached(source, options)
     if code is None:
-        code = compile_source(source, options)
+        code = _without_cupy(library, source, options) or compile_source(source, options)
         _save(_cache_path(source, options), code)
     return code
+
+
+def _without_cupy(library: str | None, source: str, options: Sequence[str]) -> bytes | None:
+    try:
+        return compile_with(library, source, options) if library else None
+    except OSError:  # compile_source() tells what is wrong, if anything is
+        return None
 
 
 def compile_in_child(source: str, options: Sequence[str]) -> bytes:
@@ -68,7 +79,11 @@ def compile_in_child(source: str, options: Sequence[str]) -> bytes:
     parent = str(Path(__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([parent, *sys.path])}
     environment["OPENBLAS_NUM_THREADS"] = "1"  # importing CuPy loads it: threads nobody needs
-    request = "\0".join((source, *options)).encode()
+    library = _library()
+    if library:  # finds its other half there
+        folders = (str(Path(library).parent), environment.get("LD_LIBRARY_PATH"))
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+    request = "\0".join((library or "", source, *options)).encode()
     try:
         done = subprocess.run(
             [sys.executable, "-c", _CHILD],
@@ -80,10 +95,17 @@ def compile_in_child(source: str, options: Sequence[str]) -> bytes:
     return done.stdout if worked else compiled(source, options)
 
 
+def _library() -> str | None:
+    try:
+        return library_path()
+    except Exception:  # CuPy raises many kinds; compile_source() tells them
+        return None
+
+
 def serve() -> None:
-    """The other process of ``compile_in_child``: source and options on stdin, code on stdout."""
-    source, *options = sys.stdin.buffer.read().decode().split("\0")
-    sys.stdout.buffer.write(compiled(source, options))
+    """The other process of ``compile_in_child``: its request on stdin, code on stdout."""
+    library, source, *options = sys.stdin.buffer.read().decode().split("\0")
+    sys.stdout.buffer.write(compiled(source, options, library or None))
 
 
 def compile_source(source: str, options: Sequence[str]) -> bytes:

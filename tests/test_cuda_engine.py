@@ -24,6 +24,7 @@ from minflash.cuda_engine import AHEAD, CudaEngine, model_problem
 from minflash.engine import CpuEngine
 from minflash.errors import CheckpointError, ContextError, DeviceError, MinflashError
 from minflash.gpu_memory import MARGIN_BYTES, cache_bytes, gpu_context
+from minflash.nvrtc import compile_with
 from minflash.sampling import Sampling
 from minflash.step_model import StepModel
 from minflash.tensors import expected_tensors
@@ -346,6 +347,28 @@ def test_code_is_compiled_once_and_kept(
     for file in (tmp_path / "kernels").iterdir():
         file.write_bytes(file.read_bytes()[:-1])  # damaged: as if it were not there
     assert compiler.load_cached(*jobs["a"]) is None
+
+
+def test_another_process_compiles_without_cupy_and_with_it_where_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing CuPy would take that process longer than many kernels."""
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", exc_type=ImportError)
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "compile_source", lambda *_: pytest.fail("compiled here"))
+    if (library := compiler.library_path()) is None:
+        pytest.skip("the system does not tell which NVRTC is loaded")
+    option = architecture(90)
+    monkeypatch.setattr(compiler, "library_path", lambda: str(tmp_path / "libnvrtc.so"))
+    with_cupy = compiler.compile_in_child(SOURCE, [option])
+    (tmp_path / "cupy_backends.py").write_text("raise ImportError('not wanted')")
+    monkeypatch.syspath_prepend(tmp_path)  # the other process finds this one
+    monkeypatch.setattr(compiler, "library_path", lambda: library)
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path / "other"))
+    without = compiler.compile_in_child(SOURCE, [option])
+    assert without.startswith(with_cupy)  # CuPy leaves out the last byte, of value 0
+    with pytest.raises(OSError, match=r"nvrtcCompileProgram .* ended with status 6"):
+        compile_with(library, "nonsense", [option])
 
 
 def test_without_a_compiler_or_with_a_bad_source_the_way_out_is_said(

@@ -39,7 +39,8 @@ def test_matrices_in_parts(
     runs = []
     for seed in range(2):
         step = machine.open(model, Run(grid, "random", seed, capability))
-        parts = [int(n) for n in re.findall(r"constexpr Matrix \w+\{.*, (\d+)\};", step.program.source)]
+        matrices = re.findall(r"constexpr Matrix \w+\{.*, (\d+)\};", step.program.source)
+        parts = [int(n) for n in matrices]
         assert max(parts) > 1 and all(grid % n == 0 for n in parts)
         runs.append(feed(step, tokens, (8, 3, 8)))
     assert_within_bound(runs[0], *expected)
