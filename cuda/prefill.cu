@@ -126,6 +126,16 @@ __device__ __forceinline__ void add_product(const u8* layer, const gemm::View& x
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
+// SwiGLU's result for W_down.
+using Hidden = gemm::Operand<tensors::w_down.columns_alone()>;
+template <bool kFew>
+__device__ __noinline__ void gate_and_up(const u8* layer, gemm::View x, const float* bias, Hidden hidden, int n_columns) {
+  gemm::multiply<kFew, tensors::w_gate_up>(layer, x, n_columns, [&](int row, int column, float2 gate, float2 up) {
+    gate = biased(bias, row, gate), up = biased(bias, row + 8, up);
+    *hidden.pair(column, row / 16 * 8 + row % 8) = round_pair<tensors::w_down.bf16()>(silu(gate.x) * up.x, silu(gate.y) * up.y);
+  });
+}
+
 // kFew: for at most gemm::kFewColumns tokens.
 template <bool kFew>
 __device__ void read_chunk(const StepArgs& args) {
@@ -133,7 +143,7 @@ __device__ void read_chunk(const StepArgs& args) {
   const gemm::Operand<tensors::wqkv.columns_alone()> attention_input{work.x(), work.x_sums()};
   const gemm::Operand<tensors::w_gate_up.columns_alone()> ffn_input{work.x(), work.x_sums()};
   const gemm::Operand<tensors::wo.columns_alone()> attended{work.attended(), work.attended_sums()};
-  const gemm::Operand<tensors::w_down.columns_alone()> hidden{work.hidden(), work.hidden_sums()};
+  const Hidden hidden{work.hidden(), work.hidden_sums()};
   GridBarrier grid(args);
   const int n = args.n_columns;
 
@@ -173,11 +183,7 @@ __device__ void read_chunk(const StepArgs& args) {
     norm(vector(tensors::ffn_norm), work.residual(), ffn_input, n);
     grid.sync();  // publishes the normed residual
 
-    const float* w_gate_up_bias = vector(tensors::w_gate_up_bias);
-    gemm::multiply<kFew, tensors::w_gate_up>(weights, ffn_input.view(), n, [&](int row, int column, float2 gate, float2 up) {
-      gate = biased(w_gate_up_bias, row, gate), up = biased(w_gate_up_bias, row + 8, up);
-      *hidden.pair(column, row / 16 * 8 + row % 8) = round_pair<tensors::w_down.bf16()>(silu(gate.x) * up.x, silu(gate.y) * up.y);
-    });
+    gate_and_up<kFew>(weights, ffn_input.view(), vector(tensors::w_gate_up_bias), hidden, n);
     grid.sync();  // publishes SwiGLU's result
     if constexpr (tensors::w_down.has_sums()) {
       sum_groups(hidden, n);
