@@ -47,6 +47,21 @@ def test_matrices_in_parts(
     assert np.array_equal(*runs)
 
 
+def test_a_part_with_fewer_chunks(machine: Machine) -> None:
+    """The last of six blocks that share W_down has one chunk of each row block, the others two."""
+    config = model_config(
+        dim=128, hidden_dim=4736, head_dim=128, n_heads=2, n_layers=1, vocab_size=130
+    )
+    model = RandomModel(config, "int4", 128)
+    tokens = random_tokens(config, 17)
+    step = machine.open(model, Run(6, "random"))
+    found = re.search(r"constexpr Matrix w_down\{.*, (\d+), (\d+)\};", step.program.source)
+    assert found and found[2] == "6"
+    tiles, chunk = 4736 // 128, int(found[1])
+    assert (tiles + 5) // 6 > chunk >= tiles - 5 * ((tiles + 5) // 6)
+    assert_within_bound(feed(step, tokens, (8, 1, 8)), *references(model, tokens))
+
+
 @pytest.mark.parametrize("type, group", [("bf16", 0), ("fp16", 0), ("fp8", 64), ("int4", 64)])
 @pytest.mark.parametrize("factor", [1000.0, 0.001], ids=["grows", "stays"])
 def test_a_residual_of_another_size(machine: Machine, type: str, group: int, factor: float) -> None:
