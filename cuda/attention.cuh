@@ -1,24 +1,12 @@
 // Attention over KV heads x splits of the past. All query heads of a KV head meet each K and V byte in
 // shared memory, once; the past comes through the ring, the step's own positions from the qkv buffer.
-//
-// The cache of one layer is [kv head][block of 16 positions][K | V]:
-//   K [head_dim / 32][16 positions][32 dims]: tiles as of a 16-bit matrix, positions are rows,
-//   V [head_dim / 16][8 g][4 q][2 h][2 i][2 p]: dim 16 d + 8 i + g at position 8 h + 2 q + p,
-// so that a lane's fragment is 16 consecutive bytes. Scores are K times queries, outputs V times weights:
-// the queries are always the 8 columns of an mma, and a transposed register carries weights over.
 #pragma once
-#include "heads.cuh"
+#include "attend.cuh"
 
 namespace attention {
-constexpr int kGroup = model::kHeads / model::kKvHeads;  // query heads of a KV head
-constexpr int kHalfBytes = 16 * kHeadDim * 2;            // K or V of one block of positions
-constexpr int kBlockBytes = 2 * kHalfBytes;
 constexpr int kChunkBlocks = kStageBytes / kBlockBytes;
 constexpr int kInFlight = int(kInFlightBytes) / (kChunkBlocks * kBlockBytes) < 2 ? 2 : int(kInFlightBytes) / (kChunkBlocks * kBlockBytes);
 static_assert(kChunkBlocks >= 1, "a stage must hold a block of 16 positions of K and V");
-
-// Query rows that one unit handles: the columns of an mma.
-constexpr int kRows = 8;
 
 struct Unit { int kv_head, row_tile, split; };
 
@@ -47,12 +35,6 @@ __device__ __forceinline__ Unit unit_of(const Plan<Map>& plan, int index) {
   return {int(team / u32(plan.row_tiles)), int(team % u32(plan.row_tiles)), int(index - team * plan.splits)};
 }
 
-__device__ __forceinline__ u64 block_offset(int kv_head, int block, int max_blocks) { return ((u64)kv_head * max_blocks + block) * kBlockBytes; }
-__device__ __forceinline__ int k_offset(int position, int dim) { return dim / 32 * 1024 + position * 64 + dim % 32 * 2; }
-__device__ __forceinline__ int v_offset(int position, int dim) {
-  return kHalfBytes + dim / 16 * 512 + dim % 8 * 64 + position % 8 / 2 * 16 + position / 8 * 8 + dim % 16 / 8 * 4 + position % 2 * 2;
-}
-
 // The last block may hold positions of this step, which prepare() writes at the same time: whatever the
 // copy sees of them is finite and masked.
 template <class Map>
@@ -67,8 +49,7 @@ __device__ void stream_past(Streamer<Map>& to, Deal& deal, const Plan<Map>& plan
   }
 }
 
-// Shared memory of a unit. Queries are padded by 16 bytes a row against bank conflicts.
-constexpr int kQueryStride = kHeadDim * 2 + 16;
+// Shared memory of a unit.
 template <class Map>
 struct Scratch {
   static constexpr int kSlotRows = Map::kColumns == 1 ? smaller(kRows, kGroup) : kRows;
@@ -150,91 +131,6 @@ __device__ void prepare(Exchange<Map>& exchange, const Plan<Map>& plan, const Un
       finish(r + i * kWarps, heads[0]);
 #pragma unroll
       for (int j = 1; j < kAtOnce; j++) heads[j - 1] = heads[j];
-    }
-  }
-}
-
-// What one warp knows of its query rows 2 q and 2 q + 1: running maximum, this lane's sum, and the
-// weighted values of dims 16 d + g (out[d][0..1]) and 16 d + g + 8 (out[d][2..3]).
-struct Running {
-  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kHeadDim / 16][4] = {};
-};
-
-// The positions that this lane's query rows 2 q and 2 q + 1 see: after `before`, up to `last`. Both are counted from
-// the same position as what they are compared with.
-struct Seen {
-  int before[2], last[2];
-  // position_of(row): the row's own.
-  template <class PositionOf>
-  static __device__ __forceinline__ Seen of(PositionOf position_of, int last, int window) {
-    Seen seen;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int own = position_of(thread_index() % 4 * 2 + i);
-      seen.before[i] = window ? own - window : -1, seen.last[i] = smaller(own, last);
-    }
-    return seen;
-  }
-  __device__ __forceinline__ bool operator()(int i, int position) const { return (position > before[i]) & (position <= last[i]); }
-};
-
-// kBlocks blocks of 16 positions from `first` on at once, of which `count` are there; no row sees the others, whose
-// weights are zero. Nothing branches, so that the products' latencies overlap. queries: [kRows][kQueryStride].
-template <int kBlocks>
-__device__ __forceinline__ void attend(Running& run, const u8* blocks, int count, const u8* queries, int first, const Seen& seen) {
-  const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
-  float score[kBlocks][4] = {}, odd[kBlocks][4] = {};
-#pragma unroll (kBlocks == 1 ? kHeadDim / 32 : 1)
-  for (int d = 0; d < kHeadDim / 32; d++) {
-    const uint4 query = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
-#pragma unroll
-    for (int b = 0; b < kBlocks; b++) {
-      const uint4* rows = reinterpret_cast<const uint4*>(blocks + b * kBlockBytes + d * 1024);
-      const uint4 low = rows[lane], high = rows[32 + lane];
-      mma<kKvBf16>(score[b], {low.x, high.x, low.y, high.y}, query.x, query.y);
-      mma<kKvBf16>(odd[b], {low.z, high.z, low.w, high.w}, query.z, query.w);
-    }
-  }
-  float rescale[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {  // row 2 q + i; score[b][i] is of position g, score[b][2 + i] of g + 8
-    float top = -kInfinity;
-#pragma unroll
-    for (int b = 0; b < kBlocks; b++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {  // in powers of two
-        float& s = score[b][2 * half + i];
-        s = seen(i, first + b * 16 + half * 8 + g) ? (s + odd[b][2 * half + i]) * model::kScoreScale : -kInfinity;
-        top = fmaxf(top, s);
-      }
-#pragma unroll
-    for (int other = 4; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, other));
-    const float maximum = fmaxf(run.maximum[i], top), base = maximum == -kInfinity ? 0.0f : maximum;
-    rescale[i] = ex2_approx(run.maximum[i] - base);
-    run.maximum[i] = maximum;
-    run.sum[i] *= rescale[i];
-#pragma unroll
-    for (int b = 0; b < kBlocks; b++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float& s = score[b][2 * half + i];
-        s = ex2_approx(s - base);
-        run.sum[i] += s;
-      }
-  }
-#pragma unroll
-  for (int d = 0; d < kHeadDim / 16; d++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) run.out[d][i] *= rescale[i % 2];
-#pragma unroll
-  for (int b = 0; b < kBlocks; b++) {
-    const u8* values = blocks + (kBlocks == 1 ? 0 : smaller(b, count - 1)) * kBlockBytes + kHalfBytes;  // zero times any number there is
-    const u32 b0 = movmatrix_trans(round_pair<kKvBf16>(score[b][0], score[b][1]));
-    const u32 b1 = movmatrix_trans(round_pair<kKvBf16>(score[b][2], score[b][3]));
-#pragma unroll
-    for (int d = 0; d < kHeadDim / 16; d++) {
-      const uint4 v = *reinterpret_cast<const uint4*>(values + d * 512 + lane * 16);
-      mma<kKvBf16>(run.out[d], {v.x, v.y, v.z, v.w}, b0, b1);
     }
   }
 }

@@ -12,6 +12,8 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
 // Which units of a panel's activations belong to a thread.
 template <class Map, Matrix m, int kUnit>
 struct LoadShare {

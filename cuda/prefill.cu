@@ -124,8 +124,6 @@ __device__ __forceinline__ void add_product(const u8* layer, const gemm::View& x
   add_rows<kFew, m.rows_alone(), gemm::kWholeStages<kFew, m>>(layer + m.offset, x, bias, residual, n_columns);
 }
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
-
 // SwiGLU's result for W_down.
 using Hidden = gemm::Operand<tensors::w_down.columns_alone()>;
 template <bool kFew>

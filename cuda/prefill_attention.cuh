@@ -1,7 +1,7 @@
 // Attention of a prompt: the cache holds the chunk's own keys and values already. A unit is a KV head and
 // eight query rows for each of some warps; its block walks once through the past that any of them sees.
 #pragma once
-#include "attention.cuh"
+#include "attend.cuh"
 #include "gemm.cuh"
 
 namespace prompt {

@@ -34,8 +34,6 @@ __device__ void stream(const StepArgs& args) {
   to.drain();
 }
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
-
 template <class Map>
 __device__ void consume(const StepArgs& args) {
   const Workspace work(args);

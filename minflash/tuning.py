@@ -16,7 +16,7 @@ from .errors import DeviceError
 from .packing import Layout
 
 MANY_COLUMNS = 8  # tokens of one step of the kernel that reads prompts: the width of an mma
-ATTENTION_ROWS = 8  # query rows of one unit of attention, as in cuda/attention.cuh
+ATTENTION_ROWS = 8  # query rows of one unit of attention, as in cuda/attend.cuh
 _RING_BYTES_PER_STAGE = 16  # two mbarriers
 _REDUCE_BYTES = 256  # sums of warps, then from 128 on struct Norms and who completes a team
 _RANKING_BYTES = 1024 * 16 + 64  # the bins of cuda/ranking.cuh

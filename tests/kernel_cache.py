@@ -18,11 +18,11 @@ from minflash.step_model import StepModel
 
 
 def _offsets(name: str, head_dim: int) -> Array:
-    """Where k_offset or v_offset of cuda/attention.cuh puts a block's values: int [16, head_dim].
+    """Where k_offset or v_offset of cuda/attend.cuh puts a block's values: int [16, head_dim].
 
     Read from the source, so that the cache's layout is written down once. In units of 16 bits.
     """
-    source = (resource_dir("cuda") / "attention.cuh").read_text(encoding="utf-8")
+    source = (resource_dir("cuda") / "attend.cuh").read_text(encoding="utf-8")
     body = re.search(rf"int {name}\(int position, int dim\) {{\s*return ([^;]*);", source)
     assert body is not None
     position, dim = np.arange(16)[:, None], np.arange(head_dim)[None, :]
