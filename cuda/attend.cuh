@@ -10,7 +10,7 @@
 
 namespace attention {
 constexpr int kGroup = model::kHeads / model::kKvHeads;  // query heads of a KV head
-constexpr int kHalfBytes = 16 * kHeadDim * 2;  // K or V of one block of positions
+constexpr int kHalfBytes = 16 * kHeadDim * 2;            // K or V of one block of positions
 constexpr int kBlockBytes = 2 * kHalfBytes;
 
 __device__ __forceinline__ u64 block_offset(int kv_head, int block, int max_blocks) { return ((u64)kv_head * max_blocks + block) * kBlockBytes; }

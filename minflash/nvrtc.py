@@ -24,7 +24,10 @@ def library_path() -> str | None:
 
 
 def compile_with(library: str, source: str, options: Sequence[str]) -> bytes:
-    """The cubin of ``source``. Raises OSError when the library is not there, or refuses."""
+    """The cubin of ``source``. Raises OSError when the library is not there, or refuses.
+
+    The program is not destroyed: the process ends with it.
+    """
     nvrtc = ctypes.CDLL(library)
 
     def call(name: str, *args: object) -> None:
