@@ -1,7 +1,7 @@
 // Attention of eight query rows to blocks of 16 positions, by one warp: what steps and prompts have in common.
 //
 // The cache of one layer is [kv head][block of 16 positions][K | V]:
-//   K [head_dim / 32][16 positions][32 dims]: tiles as of a 16-bit matrix, positions are rows,
+//   K [head_dim / 32][2 h][8 g][4 q][2 j][2 i][2 p]: dim 32 d + 8 q + 4 h + 2 j + p at position 8 i + g,
 //   V [head_dim / 16][8 g][4 q][2 h][2 i][2 p]: dim 16 d + 8 i + g at position 8 h + 2 q + p,
 // so that a lane's fragment is 16 consecutive bytes. Scores are K times queries, outputs V times weights:
 // the queries are always the 8 columns of an mma, and a transposed register carries weights over.
@@ -14,7 +14,9 @@ constexpr int kHalfBytes = 16 * kHeadDim * 2;            // K or V of one block 
 constexpr int kBlockBytes = 2 * kHalfBytes;
 
 __device__ __forceinline__ u64 block_offset(int kv_head, int block, int max_blocks) { return ((u64)kv_head * max_blocks + block) * kBlockBytes; }
-__device__ __forceinline__ int k_offset(int position, int dim) { return dim / 32 * 1024 + position * 64 + dim % 32 * 2; }
+__device__ __forceinline__ int k_offset(int position, int dim) {
+  return dim / 32 * 1024 + dim % 8 / 4 * 512 + position % 8 * 64 + dim % 32 / 8 * 16 + dim % 4 / 2 * 8 + position / 8 * 4 + dim % 2 * 2;
+}
 __device__ __forceinline__ int v_offset(int position, int dim) {
   return kHalfBytes + dim / 16 * 512 + dim % 8 * 64 + position % 8 / 2 * 16 + position / 8 * 8 + dim % 16 / 8 * 4 + position % 2 * 2;
 }
@@ -45,51 +47,55 @@ struct Seen {
     return seen;
   }
   __device__ __forceinline__ bool operator()(int i, int position) const { return (position > before[i]) & (position <= last[i]); }
+  // Whether all rows of the warp see all positions from `first` to `to`.
+  __device__ __forceinline__ bool all(int first, int to) const {
+    return __all_sync(0xffffffffu, (first > before[0]) & (first > before[1]) & (to <= last[0]) & (to <= last[1]));
+  }
 };
 
 // kBlocks blocks of 16 positions from `first` on at once, of which `count` are there; no row sees the others, whose
-// weights are zero. Nothing branches, so that the products' latencies overlap. queries: [kRows][kQueryStride].
+// weights are zero. Little branches, so that the products' latencies overlap. queries: [kRows][kQueryStride].
 template <int kBlocks>
 __device__ __forceinline__ void attend(Running& run, const u8* blocks, int count, const u8* queries, int first, const Seen& seen) {
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
-  float score[kBlocks][4] = {}, odd[kBlocks][4] = {};
-#pragma unroll (kBlocks == 1 ? kHeadDim / 32 : 1)
+  constexpr int kSums = kBlocks == 1 ? 2 : 1;  // of a score: products of several blocks overlap anyway
+  float sums[kBlocks][kSums][4] = {};
+#pragma unroll
   for (int d = 0; d < kHeadDim / 32; d++) {
     const uint4 query = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + d * 64 + q * 16);
 #pragma unroll
     for (int b = 0; b < kBlocks; b++) {
-      const uint4* rows = reinterpret_cast<const uint4*>(blocks + b * kBlockBytes + d * 1024);
-      const uint4 low = rows[lane], high = rows[32 + lane];
-      mma<kKvBf16>(score[b], {low.x, high.x, low.y, high.y}, query.x, query.y);
-      mma<kKvBf16>(odd[b], {low.z, high.z, low.w, high.w}, query.z, query.w);
+      const uint4* keys = reinterpret_cast<const uint4*>(blocks + b * kBlockBytes + d * 1024);
+      const uint4 v = keys[lane], u = keys[32 + lane];
+      mma<kKvBf16>(sums[b][0], {v.x, v.y, v.z, v.w}, query.x, query.y);
+      mma<kKvBf16>(sums[b][kSums - 1], {u.x, u.y, u.z, u.w}, query.z, query.w);
     }
   }
+  float score[kBlocks][2][2];  // of row 2 q + i, position g and g + 8
+#pragma unroll
+  for (int j = 0; j < kBlocks * 4; j++) score[j / 4][j % 2][j / 2 % 2] = kSums == 1 ? sums[j / 4][0][j % 4] : sums[j / 4][0][j % 4] + sums[j / 4][1][j % 4];
+  if (kBlocks == 1 || !seen.all(first, first + kBlocks * 16 - 1))
+#pragma unroll
+    for (int j = 0; j < kBlocks * 4; j++)
+      if (!seen(j % 2, first + j / 4 * 16 + j / 2 % 2 * 8 + g)) score[j / 4][j % 2][j / 2 % 2] = -kInfinity;
   float rescale[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++) {  // row 2 q + i; score[b][i] is of position g, score[b][2 + i] of g + 8
+  for (int i = 0; i < 2; i++) {
     float top = -kInfinity;
 #pragma unroll
-    for (int b = 0; b < kBlocks; b++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {  // in powers of two
-        float& s = score[b][2 * half + i];
-        s = seen(i, first + b * 16 + half * 8 + g) ? (s + odd[b][2 * half + i]) * model::kScoreScale : -kInfinity;
-        top = fmaxf(top, s);
-      }
+    for (int b = 0; b < kBlocks; b++) top = fmaxf(top, fmaxf(score[b][i][0], score[b][i][1]));
 #pragma unroll
     for (int other = 4; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, other));
-    const float maximum = fmaxf(run.maximum[i], top), base = maximum == -kInfinity ? 0.0f : maximum;
+    const float maximum = fmaxf(run.maximum[i], top * model::kScoreScale), base = maximum == -kInfinity ? 0.0f : maximum;
     rescale[i] = ex2_approx(run.maximum[i] - base);
     run.maximum[i] = maximum;
     run.sum[i] *= rescale[i];
 #pragma unroll
-    for (int b = 0; b < kBlocks; b++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float& s = score[b][2 * half + i];
-        s = ex2_approx(s - base);
-        run.sum[i] += s;
-      }
+    for (int j = 0; j < kBlocks * 2; j++) {
+      float& s = score[j / 2][i][j % 2];
+      s = ex2_approx(fmaf(s, model::kScoreScale, -base));  // scores become weights
+      run.sum[i] += s;
+    }
   }
 #pragma unroll
   for (int d = 0; d < kHeadDim / 16; d++)
@@ -98,8 +104,8 @@ __device__ __forceinline__ void attend(Running& run, const u8* blocks, int count
 #pragma unroll
   for (int b = 0; b < kBlocks; b++) {
     const u8* values = blocks + (kBlocks == 1 ? 0 : smaller(b, count - 1)) * kBlockBytes + kHalfBytes;  // zero times any number there is
-    const u32 b0 = movmatrix_trans(round_pair<kKvBf16>(score[b][0], score[b][1]));
-    const u32 b1 = movmatrix_trans(round_pair<kKvBf16>(score[b][2], score[b][3]));
+    const u32 b0 = movmatrix_trans(round_pair<kKvBf16>(score[b][0][0], score[b][1][0]));
+    const u32 b1 = movmatrix_trans(round_pair<kKvBf16>(score[b][0][1], score[b][1][1]));
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; d++) {
       const uint4 v = *reinterpret_cast<const uint4*>(values + d * 512 + lane * 16);

@@ -80,10 +80,9 @@ __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, con
     gemm::pipeline<kStages, kBlocks * attention::kBlockBytes>(
         dynamic_smem() + kQueryBytes, ceil_div(end - begin, kBlocks),
         [&](u8* stage, int i, u64* landed) {
-          const int block = begin + i * kBlocks;
-          constexpr int kBytes = attention::kBlockBytes;
-          gemm::begin_copies(landed, gemm::Runs<kBlocks, kBytes>{stage, cache + attention::block_offset(kv_head, block, args.max_blocks),
-                                                                 kBytes, smaller(kBlocks, end - block), kBytes});
+          const int block = begin + i * kBlocks, bytes = smaller(kBlocks, end - block) * attention::kBlockBytes;
+          gemm::begin_copies(landed, gemm::Runs<1, kBlocks * attention::kBlockBytes>{
+                                         stage, cache + attention::block_offset(kv_head, block, args.max_blocks), 0, 1, bytes});
         },
         [&](const u8* stage, int i) {
           const int from = (begin + i * kBlocks) * 16;

@@ -319,7 +319,7 @@ class CudaEngine:
     def cache_layout(self) -> CacheLayout:
         config = self.config
         shape = (config.n_layers, config.n_kv_heads, -1, cache_block_bytes(config))
-        name = f"cuda-blocks-{self._open_model().kv_type}-1"
+        name = f"cuda-blocks-{self._open_model().kv_type}-2"
         return CacheLayout(name, {"cache": ("U8", shape)}, block=BLOCK_POSITIONS)
 
     def _open_model(self) -> StepModel:

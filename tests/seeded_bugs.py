@@ -302,7 +302,7 @@ def sanitized(index: int) -> None:
     bug, (model, _, wide, *_) = [*BUGS, *dropped()][index], models()
     for order in ORDERS:
         machine = Machine("emulated")
-        feed(machine.open(wide, Run(7, order, edit=bug.edit)), random_tokens(wide.config, 8), (8,))
+        feed(machine.open(wide, Run(7, order, edit=bug.edit)), random_tokens(wide.config, 9), (8, 1))
         step = machine.open(model, Run(7, order, edit=bug.edit))
         step.note_tokens(noted_tokens(model.config.vocab_size, Sampling(), [6]))
         for length in (0, 160):
