@@ -119,20 +119,7 @@ __device__ void prepare(Exchange<Map>& exchange, const Plan<Map>& plan, const Un
       if (block) *reinterpret_cast<u16*>(block + (value ? v_offset(position % 16, d) : k_offset(position % 16, d))) = bits;
     });
   };
-  constexpr int kAtOnce = Map::kColumns == 1 ? 1 : 3;  // rows of a warp that are on their way at a time
-#pragma unroll 1
-  for (int r = thread_index() / 32; r < end; r += kAtOnce * kWarps) {
-    Head heads[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; i++)
-      if (r + i * kWarps < end) fetch(r + i * kWarps, heads[i]);
-#pragma unroll 1
-    for (int i = 0; i < kAtOnce && r + i * kWarps < end; i++) {
-      finish(r + i * kWarps, heads[0]);
-#pragma unroll
-      for (int j = 1; j < kAtOnce; j++) heads[j - 1] = heads[j];
-    }
-  }
+  each_row<Map::kColumns == 1 ? 1 : 3>(end, fetch, finish);
 }
 
 // Writes what this warp knows into a slot, merged with what an earlier round left there.

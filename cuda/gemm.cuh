@@ -118,7 +118,7 @@ __device__ __forceinline__ void multiply_stage(WarpSums<s>& sums, const u8* stag
   const u8* weights = stage + warp % s.warps_down * s.warp_blocks() * S::kBlockBytes;
   const u8* x = stage + S::kX + column * 64 + lane * 16;
   const float* x_sums = reinterpret_cast<const float*>(stage + S::kSums) + column + lane / 4;
-#pragma unroll(m.group ? 1 : S::kTiles)
+#pragma unroll(m.group == 0 ? S::kTiles : s.columns == kFewColumns ? 4 : 1)
   for (int t = 0; t < S::kTiles; t++) {
     if (!kWhole && t >= tiles) break;
     const u8* tile = weights + t * m.tile_bytes();

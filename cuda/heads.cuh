@@ -17,6 +17,11 @@ struct Head {
     return d < kHalf ? i / kPairs * kHalf + d : -1;
   }
 
+  __device__ __forceinline__ void read(const float* row) {
+#pragma unroll
+    for (int i = 0; i < kValues; i++) v[i] = dim(i) < 0 ? 0 : ld_cg(row + dim(i));
+  }
+
   // RMSNorm, where the model norms heads, and rotation by rotation_of(dim of the first half).
   template <class RotationOf>
   __device__ __forceinline__ void norm_and_turn(const float* norm_weight, RotationOf rotation_of) {
@@ -44,6 +49,25 @@ struct Head {
       if (dim(i) >= 0) put(dim(i), v[i]);
   }
 };
+
+// Rows 0 to end - 1, dealt to the warps of a block: fetch(row, head), then finish(row, head), with kAtOnce rows of a warp on
+// their way at a time.
+template <int kAtOnce, class Fetch, class Finish>
+__device__ __forceinline__ void each_row(int end, Fetch fetch, Finish finish) {
+#pragma unroll 1
+  for (int r = thread_index() / 32; r < end; r += kAtOnce * kWarps) {
+    Head heads[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++)
+      if (r + i * kWarps < end) fetch(r + i * kWarps, heads[i]);
+#pragma unroll 1
+    for (int i = 0; i < kAtOnce && r + i * kWarps < end; i++) {
+      finish(r + i * kWarps, heads[0]);
+#pragma unroll
+      for (int j = 1; j < kAtOnce; j++) heads[j - 1] = heads[j];
+    }
+  }
+}
 
 __device__ __forceinline__ u16 rounded(float v) { return (u16)round_pair<kKvBf16>(v, 0.0f); }
 }  // namespace attention

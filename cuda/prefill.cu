@@ -101,9 +101,14 @@ __device__ __noinline__ void sum_groups(gemm::Operand<m> x, int n_columns) {
 #pragma unroll 1
   for (int i = blockIdx.x * kConsumers + threadIdx.x; i < n_columns * kGroups; i += kGrid * kConsumers) {
     const int column = i % n_columns, group = i / n_columns;
+    const u8* from = reinterpret_cast<const u8*>(x.pair(column, group * m.group));
+    constexpr int kUnits = m.group / 8;
+    uint4 v[kUnits];  // all on their way before the first is needed
+#pragma unroll
+    for (int k = 0; k < kUnits; k++) v[k] = x.get_8(reinterpret_cast<const u32*>(from + x.rows_further(k)));
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < m.group / 8; k++) sum += sum_of_8(x.get_8(column, group * m.group / 8 + k));
+    for (int k = 0; k < kUnits; k++) sum += sum_of_8(v[k]);
     *x.sum(column, group) = sum;
   }
 }

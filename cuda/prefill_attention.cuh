@@ -12,18 +12,14 @@ using attention::kHeadDim;
 template <bool kFew>
 constexpr int kRowWarps = kFew ? 2 : kWarps;
 constexpr int kQueryBytes = kWarps * attention::kRows * attention::kQueryStride;
+__device__ __forceinline__ u8* queries_of(int row) { return dynamic_smem() + row * attention::kQueryStride; }  // of a unit
 constexpr int kRoom = (gemm::kStageRoom - kQueryBytes) / attention::kBlockBytes;
-constexpr int kBlocks = kRoom >= 3 * 8 ? 8 : 4;  // of positions: of a stage, and what a warp attends to at once
+constexpr int kBlocks = kRoom >= 3 * 16 ? 16 : kRoom >= 3 * 8 ? 8 : 4;  // of positions: of a stage, and what a warp attends to at once
 constexpr int kStages = smaller(4, kRoom / kBlocks);
 static_assert(kStages >= 2, "queries and two stages must fit into shared memory");
 
-// Norm and rotation of one head's row of fp32 values in global memory by one warp.
-__device__ __forceinline__ attention::Head turned_row(const float* row, const float* norm_weight, const StepArgs& args, int position) {
-  attention::Head head;
-#pragma unroll
-  for (int i = 0; i < head.kValues; i++) head.v[i] = head.dim(i) < 0 ? 0 : ld_cg(row + head.dim(i));
+__device__ __forceinline__ void norm_and_turn(attention::Head& head, const float* norm_weight, const StepArgs& args, int position) {
   head.norm_and_turn(norm_weight, [&](int d) { return rotation(args.rope_turns[d], position, args.rope_scale); });
-  return head;
 }
 
 // Keys, normed and rotated, and values of the chunk into the cache: a warp for each position of a KV head.
@@ -33,29 +29,28 @@ __device__ __noinline__ void fill_cache(const StepArgs& args, const float* qkv, 
   for (int i = threadIdx.x / 32 * kGrid + blockIdx.x; i < args.n_columns * model::kKvHeads; i += kGrid * kWarps) {
     const int column = i / model::kKvHeads, kv_head = i % model::kKvHeads, position = args.position + column;
     u8* block = cache + attention::block_offset(kv_head, position / 16, args.max_blocks);
-    const float* key = qkv + (u64)column * kRowWidth + (model::kHeads + kv_head) * kHeadDim;
-    const float* value = key + model::kKvHeads * kHeadDim;
-    turned_row(key, k_norm, args, position).each([&](int d, float v) {
-      *reinterpret_cast<u16*>(block + attention::k_offset(position % 16, d)) = attention::rounded(v);
-    });
-    for (int d = threadIdx.x % 32; d < kHeadDim; d += 32)
-      *reinterpret_cast<u16*>(block + attention::v_offset(position % 16, d)) = attention::rounded(ld_cg(value + d));
+    const float* row = qkv + (u64)column * kRowWidth + (model::kHeads + kv_head) * kHeadDim;
+    attention::Head key, value;  // both on their way before the first is needed
+    key.read(row), value.read(row + model::kKvHeads * kHeadDim);
+    norm_and_turn(key, k_norm, args, position);
+    key.each([&](int d, float v) { *reinterpret_cast<u16*>(block + attention::k_offset(position % 16, d)) = attention::rounded(v); });
+    value.each([&](int d, float v) { *reinterpret_cast<u16*>(block + attention::v_offset(position % 16, d)) = attention::rounded(v); });
   }
 }
 
-// This warp's query rows, normed and rotated, in shared memory: rows `first` to first + rows - 1 of a KV head.
-__device__ __forceinline__ u8* queries_of_warp() { return dynamic_smem() + threadIdx.x / 32 * attention::kRows * attention::kQueryStride; }
+// The query rows of a unit, normed and rotated, into shared memory: `rows` from `first` on, of a KV head. Those that are not
+// there are columns that nobody reads. The barriers of the pipeline after it publish the rows, and free their room.
+template <int kUnitRows>
 __device__ void load_queries(const StepArgs& args, const float* qkv, const float* q_norm, int kv_head, int first, int rows) {
   constexpr int kRowWidth = (model::kHeads + 2 * model::kKvHeads) * kHeadDim;
-  __syncwarp();  // all lanes have read the rows of the unit before
-#pragma unroll 1
-  for (int r = 0; r < rows; r++) {
-    const int column = (first + r) / kGroup, head = kv_head * kGroup + (first + r) % kGroup;
-    u16* to = reinterpret_cast<u16*>(queries_of_warp() + r * attention::kQueryStride);
-    turned_row(qkv + (u64)column * kRowWidth + head * kHeadDim, q_norm, args, args.position + column)
-        .each([&](int d, float v) { to[d] = attention::rounded(v); });
-  }
-  __syncwarp();  // publishes the rows to the warp; those that are not there are columns that nobody reads
+  const auto column_of = [&](int r) { return (first + r) / kGroup; };
+  attention::each_row<smaller(4, ceil_div(kUnitRows, kWarps))>(
+      rows,
+      [&](int r, attention::Head& head) { head.read(qkv + (u64)column_of(r) * kRowWidth + (kv_head * kGroup + (first + r) % kGroup) * kHeadDim); },
+      [&](int r, attention::Head& head) {
+        norm_and_turn(head, q_norm, args, args.position + column_of(r));
+        head.each([&](int d, float v) { reinterpret_cast<u16*>(queries_of(r))[d] = attention::rounded(v); });
+      });
 }
 
 // All units, those with the longest past first. out: what m multiplies with.
@@ -74,7 +69,7 @@ __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, con
     const int oldest = window ? position_of(unit_row) - window + 1 : 0, begin = oldest > 0 ? oldest / 16 / kBlocks * kBlocks : 0;
     const int end = position_of(smaller(unit_row + kUnitRows, all_rows) - 1) / 16 + 1;
     const int last = position_of(first + rows - 1);
-    load_queries(args, qkv, q_norm, kv_head, first, rows);
+    load_queries<kUnitRows>(args, qkv, q_norm, kv_head, unit_row, smaller(kUnitRows, all_rows - unit_row));
     const auto seen = attention::Seen::of([&](int row) { return position_of(first + row); }, last, window);
     attention::Running run;
     gemm::pipeline<kStages, kBlocks * attention::kBlockBytes>(
@@ -87,7 +82,7 @@ __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, con
         [&](const u8* stage, int i) {
           const int from = (begin + i * kBlocks) * 16;
           if (rows <= 0 || from > last) return;
-          attention::attend<kBlocks>(run, stage, smaller(kBlocks, (last - from) / 16 + 1), queries_of_warp(), from, seen);
+          attention::attend<kBlocks>(run, stage, smaller(kBlocks, (last - from) / 16 + 1), queries_of(warp * attention::kRows), from, seen);
         });
 #pragma unroll
     for (int i = 0; i < 2; i++) {

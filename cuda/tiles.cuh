@@ -22,18 +22,20 @@ constexpr int kOperandColumns = 128;  // of a tile of X in device memory
 constexpr Shape kWide{8, kOperandColumns, 4, kOperandColumns * 4 / kWarps};
 static_assert(kWarps % kWide.warps_down == 0 && kWide.warp_columns % 32 == 0, "warps must tile 128 rows by 128 columns");
 
-// For few columns the rows are dealt to all blocks, so that all of them read weights.
+// For few columns the rows are dealt to all blocks, so that all of them read weights. Warps beside each other read the same
+// weights: four of them, or two where codes become operands anew each time.
 constexpr int kFewColumns = 64;
 template <bool kFew, Matrix m>
 __device__ constexpr Shape shape() {
   if (!kFew) return kWide;
-  constexpr int kDown = kWarps * 16 / kFewColumns;
+  constexpr int kMost = 8, kDown = kWarps * (m.group ? 32 : 16) / kFewColumns;
   Shape best{};
   int least = 0;
-  for (int blocks = 1; blocks <= 4 * kDown; blocks *= 2) {
-    const int rounds = ceil_div(ceil_div(m.row_blocks(), blocks), kGrid);
+  for (int blocks = 1; blocks <= kMost; blocks *= 2) {
+    const int rounds = ceil_div(ceil_div(m.row_blocks(), blocks), kGrid), down = smaller(blocks, kDown);
     const int cost = rounds * (blocks * 16 + kFewColumns / 2);  // what tiles read: weights, and columns from L2
-    if (least == 0 || cost < least) least = cost, best = {blocks, kFewColumns, smaller(blocks, kDown), 16};
+    const int columns = down * kFewColumns / kWarps;            // of a warp, where that is a tile of an mma
+    if (least == 0 || cost < least) least = cost, best = {blocks, kFewColumns, down, columns < 16 ? 16 : columns};
   }
   return best;
 }
@@ -66,10 +68,7 @@ struct Operand {
   // Bytes from a row to the one 8 * k8 rows further: from the first eight rows of a slice, or with k8 a multiple of four.
   static __device__ __forceinline__ constexpr int rows_further(int k8) { return k8 / 4 * kOperandColumns * 64 + k8 % 4 * 16; }
   static __device__ __forceinline__ void put_8(u32* to, uint4 v) { to[0] = v.x, to[2] = v.y, to[128] = v.z, to[130] = v.w; }
-  __device__ __forceinline__ uint4 get_8(int column, int k8) const {
-    const u32* from = pair(column, k8 * 8);
-    return make_uint4(ld_cg(from), ld_cg(from + 2), ld_cg(from + 128), ld_cg(from + 130));
-  }
+  static __device__ __forceinline__ uint4 get_8(const u32* from) { return make_uint4(ld_cg(from), ld_cg(from + 2), ld_cg(from + 128), ld_cg(from + 130)); }
   __device__ __forceinline__ float* sum(int column, int group) const {
     return sums + (u64)(column / kOperandColumns * kGroups + group) * kOperandColumns + column % kOperandColumns;
   }

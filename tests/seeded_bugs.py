@@ -137,6 +137,8 @@ DROPPED = {
     "barrier before the roles part": r"__syncthreads\(\);[^\n]*",
 }
 
+RIGHT = -1  # the index of no bug
+
 
 def models() -> list[RandomModel]:
     """Small, and between them: splits, windows, biases, few slots, padding, a growing residual, wide
@@ -298,12 +300,18 @@ def caught_by_thread_sanitizer(index: int) -> bool:
 
 
 def sanitized(index: int) -> None:
-    """What the sanitized process runs: steps whose past ends with a block, as in test_kernel.py."""
-    bug, (model, _, wide, *_) = [*BUGS, *dropped()][index], models()
+    """What the sanitized process runs: steps whose past ends with a block, as in test_kernel.py.
+
+    index: of the bug; RIGHT: none.
+    """
+    edit = None if index == RIGHT else [*BUGS, *dropped()][index].edit
+    model, _, wide, *_ = models()
     for order in ORDERS:
         machine = Machine("emulated")
-        feed(machine.open(wide, Run(7, order, edit=bug.edit)), random_tokens(wide.config, 9), (8, 1))
-        step = machine.open(model, Run(7, order, edit=bug.edit))
+        broad = machine.open(wide, Run(7, order, edit=edit))
+        feed(broad, random_tokens(wide.config, 8), (8,))
+        feed(broad, [3], (1,))
+        step = machine.open(model, Run(7, order, edit=edit))
         step.note_tokens(noted_tokens(model.config.vocab_size, Sampling(), [6]))
         for length in (0, 160):
             fill_cache(step, (), length, default_kv_type(model))
@@ -317,6 +325,8 @@ def sanitized(index: int) -> None:
 def main() -> None:
     if found := symptom(None):
         sys.exit(f"the right source shows: {found}")
+    if caught_by_thread_sanitizer(RIGHT):
+        sys.exit("ThreadSanitizer reports the right source")
     for index, bug in enumerate([*BUGS, *dropped()]):
         # In a process of its own: one cannot hold the libraries of all bugs.
         one = [sys.executable, __file__, "symptom", str(index)]
