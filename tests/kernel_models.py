@@ -228,6 +228,13 @@ class Run:
     timeout_s: float = 60  # emulated only
 
 
+def two_panels(type: str, group: int = 0) -> tuple[RandomModel, Run]:
+    """So little shared memory that W_down's input of one column is two panels, both as wide."""
+    hidden_dim = {"bf16": 17920, "int4": 17408}[type]
+    config = model_config(dim=64, hidden_dim=hidden_dim, n_heads=2, n_layers=1, vocab_size=130)
+    return RandomModel(config, type, group), Run(shared_bytes=52736)
+
+
 class Machine:
     """Opens models on one kind of device, ``emulated`` or ``cuda``, and closes them all."""
 

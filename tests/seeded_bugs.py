@@ -31,6 +31,7 @@ from kernel_models import (
     feed,
     model_config,
     random_tokens,
+    two_panels,
 )
 
 from minflash.codegen import generate
@@ -213,6 +214,8 @@ def symptom(bug: Bug | None, *, timeout_s: float = 2) -> str | None:
                     run = replace(run, small=False, shared_bytes=232448)
                 if found := wrong_value(model, run, bug):
                     return f"{found} ({grid} blocks, {order})"
+            if wrong_panels(Run(grid, order, seed, edit=bug.edit if bug else None)):
+                return f"logits of two panels ({grid} blocks, {order})"
     except EmulatorError as error:
         text = str(error)
         compiled = "static assertion" in text or "error:" in text
@@ -264,6 +267,18 @@ def wrong_value(model: RandomModel, run: Run, bug: Bug | None) -> str | None:
     return found
 
 
+def wrong_panels(run: Run) -> bool:
+    """Whether steps of one column whose activations come in two panels are wrong."""
+    (model, small), machine = two_panels("bf16"), Machine("emulated")
+    tokens = random_tokens(model.config, 3)
+    logits = feed(
+        machine.open(model, replace(run, shared_bytes=small.shared_bytes)), tokens, (1, 1, 1)
+    )
+    exact, rounded = (r.forward(tokens, 0, all_logits=True) for r in both_references(model))
+    machine.close()
+    return not np.abs(logits - exact).max() <= bound(exact, rounded)
+
+
 def wrong_tail(step: StepModel) -> str | None:
     """What is wrong in a series of steps with penalties and log-probabilities."""
     vocab_size, answer = step.config.vocab_size, list[int]()
@@ -308,9 +323,9 @@ def sanitized(index: int) -> None:
     model, _, wide, *_ = models()
     for order in ORDERS:
         machine = Machine("emulated")
-        broad = machine.open(wide, Run(7, order, edit=edit))
-        feed(broad, random_tokens(wide.config, 8), (8,))
-        feed(broad, [3], (1,))
+        feed(machine.open(wide, Run(7, order, edit=edit)), random_tokens(wide.config, 8), (8,))
+        panels, few = two_panels("bf16")
+        feed(machine.open(panels, replace(few, grid=7, order=order, edit=edit)), [3], (1,))
         step = machine.open(model, Run(7, order, edit=edit))
         step.note_tokens(noted_tokens(model.config.vocab_size, Sampling(), [6]))
         for length in (0, 160):

@@ -25,6 +25,7 @@ from kernel_models import (
     model_config,
     random_tokens,
     references,
+    two_panels,
 )
 from seeded_bugs import BUGS, Bug, dropped, symptom
 
@@ -108,6 +109,15 @@ def test_wide_matrices(machine: Machine, type: str, group: int, dim: int, hidden
     config = model_config(dim=dim, hidden_dim=hidden_dim, n_heads=2, n_layers=1, vocab_size=130)
     model = RandomModel(config, type, group)
     check(machine, model, Run(2, "random"), 11, (1, 8, 2))
+
+
+@pytest.mark.parametrize("type, group", [("bf16", 0), ("int4", 64)])
+def test_one_column_in_two_panels(machine: Machine, type: str, group: int) -> None:
+    """Both are as wide: into a narrower one what comes early is hidden by the order of the ring."""
+    model, run = two_panels(type, group)
+    panel_cols = machine.open(model, run).program.maps["step_one"].panel_cols
+    assert 2 * panel_cols == model.config.hidden_dim
+    check(machine, model, run, 3, (1, 1, 1))
 
 
 @pytest.mark.parametrize("kv_type", ["bf16", "fp16"])
