@@ -47,10 +47,8 @@ struct Seen {
     return seen;
   }
   __device__ __forceinline__ bool operator()(int i, int position) const { return (position > before[i]) & (position <= last[i]); }
-  // Whether all rows of the warp see all positions from `first` to `to`.
-  __device__ __forceinline__ bool all(int first, int to) const {
-    return __all_sync(0xffffffffu, (first > before[0]) & (first > before[1]) & (to <= last[0]) & (to <= last[1]));
-  }
+  // Whether all rows of the warp see all positions from `first` to `to`. Rows are in the order of their positions.
+  __device__ __forceinline__ bool all(int first, int to) const { return __all_sync(0xffffffffu, (first > before[1]) & (to <= last[0])); }
 };
 
 // kBlocks blocks of 16 positions from `first` on at once, of which `count` are there; no row sees the others, whose

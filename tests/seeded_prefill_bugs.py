@@ -44,7 +44,7 @@ BUGS = (
     Bug("products: the high nibbles count 16-fold", r"i / 2 \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
     Bug("attention: a position too many", r"smaller\(own, last\)", "smaller(own + 1, last)"),
     Bug("attention: the window is one too wide", r"own - window : -1", "own - window - 1 : -1"),
-    Bug("attention: a lane's second row sees what its first one sees", r" & \(to <= last\[1\]\)"),
+    Bug("attention: masks are left out where one row sees all", r"__all_sync\(0xffffffffu, ", "__any_sync(0xffffffffu, "),
     Bug("attention: the last block is left out", r"\(last - from\) / 16 \+ 1", "(last - from) / 16"),
     Bug("the residual is stored, not added", r"red_add\(at, low\.x\)", "*at = low.x"),
 )  # fmt: skip
