@@ -112,9 +112,12 @@ def test_wide_matrices(machine: Machine, type: str, group: int, dim: int, hidden
 
 
 @pytest.mark.parametrize("type, group", [("bf16", 0), ("int4", 64)])
-def test_one_column_in_two_panels(machine: Machine, type: str, group: int) -> None:
-    """Both are as wide: into a narrower one what comes early is hidden by the order of the ring."""
-    model, run = two_panels(type, group)
+def test_one_column_in_two_panels(type: str, group: int) -> None:
+    """Both are as wide: into a narrower one what comes early is hidden by the order of the ring.
+
+    Emulated only: every GPU has more shared memory, and prefill cannot be built for so little.
+    """
+    (model, run), machine = two_panels(type, group), Machine("emulated")
     panel_cols = machine.open(model, run).program.maps["step_one"].panel_cols
     assert 2 * panel_cols == model.config.hidden_dim
     check(machine, model, run, 3, (1, 1, 1))
