@@ -52,7 +52,7 @@ struct Seen {
 };
 
 // kBlocks blocks of 16 positions from `first` on at once, of which `count` are there; no row sees the others, whose
-// weights are zero. Little branches, so that the products' latencies overlap. queries: [kRows][kQueryStride].
+// weights are zero. Only masks branch, so that the products' latencies overlap. queries: [kRows][kQueryStride].
 template <int kBlocks>
 __device__ __forceinline__ void attend(Running& run, const u8* blocks, int count, const u8* queries, int first, const Seen& seen) {
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
