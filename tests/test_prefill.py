@@ -138,6 +138,21 @@ def test_the_rules_of_tuning(
     check(machine, MODELS[name](), run, 70, (66, 4))
 
 
+@pytest.mark.parametrize("n", [41, 130])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bf16",
+        "int4 64, 3 layers, windows 40, 0, 9",
+        "bf16, odd windows, q and k norms, int8 head, head_dim 128",
+    ],
+)
+def test_attention_of_a_whole_card(machine: Machine, name: str, n: int) -> None:
+    """Several stages of 256 and of 128 positions, of few tokens and of many."""
+    run = Run(7, "random", shared_bytes=232448, small=False)
+    check(machine, MODELS[name](), run, n, past=330)
+
+
 @pytest.mark.parametrize(
     "type, group, dim, hidden_dim",
     [("bf16", 0, 64, 4128), ("int8", 32, 4128, 64), ("int4", 64, 64, 4160), ("fp8", 32, 2080, 96)],
@@ -169,13 +184,15 @@ def test_rope_of_the_whole_sequence(machine: Machine, rope: Any) -> None:
 @pytest.mark.parametrize(
     "name", ["bf16", "int4 64, 3 layers, windows 40, 0, 9", "fp8 32, fp16 head"]
 )
-def test_pieces_and_order_do_not_change_a_bit(machine: Machine, name: str) -> None:
+@pytest.mark.parametrize("small", [True, False])
+def test_pieces_and_order_do_not_change_a_bit(machine: Machine, name: str, small: bool) -> None:
     """What cuda_engine relies on: where a prompt is cut, the same bits come out."""
-    model = MODELS[name]()
+    model, shared_bytes = MODELS[name](), 101376 if small else 232448
     tokens = random_tokens(model.config, 290)
     caches = []
     for number, widths in enumerate(((290,), (8, 128, 154), (50, 1, 100), (290,))):
-        step = machine.open(model, Run((2, 7, 1, None)[number], ORDERS[number % 3], number))
+        run = Run((2, 7, 1, None)[number], ORDERS[number % 3], number)
+        step = machine.open(model, run, small=small, shared_bytes=shared_bytes)
         prefill(step, tokens, widths)
         step.wait()
         caches.append(np.stack(read_cache(step)))
