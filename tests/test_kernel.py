@@ -121,6 +121,7 @@ def test_one_column_in_two_panels(type: str, group: int) -> None:
     panel_cols = machine.open(model, run).program.maps["step_one"].panel_cols
     assert 2 * panel_cols == model.config.hidden_dim
     check(machine, model, run, 3, (1, 1, 1))
+    machine.close()
 
 
 @pytest.mark.parametrize("kv_type", ["bf16", "fp16"])
