@@ -25,11 +25,33 @@ __device__ __forceinline__ int v_offset(int position, int dim) {
 constexpr int kRows = 8;
 constexpr int kQueryStride = kHeadDim * 2 + 16;
 
+// A lane's sum to that of all lanes with the same query rows.
+__device__ __forceinline__ float sum_of_row(float sum) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  return sum;
+}
+
 // What one warp knows of its query rows 2 q and 2 q + 1: running maximum, this lane's sum, and the
 // weighted values of dims 16 d + g (out[d][0..1]) and 16 d + g + 8 (out[d][2..3]).
-struct Running {
-  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kHeadDim / 16][4] = {};
+template <int kSlices>
+struct Known {
+  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kSlices][4] = {};
+
+  // Adds what is known of later positions. Written so that no compiler has a choice of how to round.
+  __device__ __forceinline__ void add(const Known& later) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float top = fmaxf(maximum[i], later.maximum[i]), base = top == -kInfinity ? 0.0f : top;
+      const float before = ex2_approx(maximum[i] - base), after = ex2_approx(later.maximum[i] - base);
+      maximum[i] = top;
+      sum[i] = fmaf(later.sum[i], after, sum[i] * before);
+#pragma unroll
+      for (int j = i; j < kSlices * 4; j += 2) out[j / 4][j % 4] = fmaf(later.out[j / 4][j % 4], after, out[j / 4][j % 4] * before);
+    }
+  }
 };
+using Running = Known<kHeadDim / 16>;
 
 // The positions that this lane's query rows 2 q and 2 q + 1 see: after `before`, up to `last`. Both are counted from
 // the same position as what they are compared with.

@@ -71,6 +71,8 @@ struct Turns {
 #pragma unroll 1
     for (int i = thread_index(); i < args.n_columns * (kHeadDim / 2); i += kConsumers)
       kept()[i] = rotation(args.rope_turns[i % (kHeadDim / 2)], args.position + i / (kHeadDim / 2), args.rope_scale);
+    // A block without rows of W_qkv comes to no other barrier before it needs them.
+    sync_consumers();  // publishes the rotations
   }
   static __device__ __forceinline__ Rotation at(int column, int d) { return kept()[column * (kHeadDim / 2) + d]; }
 };
@@ -108,7 +110,7 @@ __device__ void prepare(Exchange<Map>& exchange, const Plan<Map>& plan, const Un
   const auto finish = [&](int r, Head& head) {
     const bool query = r < rows, value = r >= rows + n;
     const int column = column_of(r), position = plan.position + column;
-    if (!value) head.norm_and_turn(query ? q_norm : k_norm, [&](int d) { return Turns<Map>::at(column, d); });
+    if (!value) head.norm_and_turn(query ? q_norm : k_norm, [&](int i) { return Turns<Map>::at(column, Head::dim(i)); });
     if (query) return head.each([&](int d, float v) { reinterpret_cast<u16*>(s.queries + r * kQueryStride)[d] = rounded(v); });
     // A step that ends a prompt leaves what prefill wrote: the same bits, however long a prompt is.
     const bool writes = u.row_tile == 0 && !exchange.args.resumed;
@@ -119,7 +121,7 @@ __device__ void prepare(Exchange<Map>& exchange, const Plan<Map>& plan, const Un
       if (block) *reinterpret_cast<u16*>(block + (value ? v_offset(position % 16, d) : k_offset(position % 16, d))) = bits;
     });
   };
-  each_row<Map::kColumns == 1 ? 1 : 3>(end, fetch, finish);
+  each_row<Map::kColumns == 1 ? 1 : 3>(thread_index() / 32, kWarps, end, fetch, finish);
 }
 
 // Writes what this warp knows into a slot, merged with what an earlier round left there.
@@ -130,9 +132,7 @@ __device__ __forceinline__ void leave(const Running& run, int slot, bool merge) 
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int row_in_slot = 2 * q + i, row = slot * s.kSlotRows + row_in_slot;
-    float sum = run.sum[i], top = run.maximum[i], mine = 1, other = 0;
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    float sum = sum_of_row(run.sum[i]), top = run.maximum[i], mine = 1, other = 0;
     const bool kept = row_in_slot < s.kSlotRows;
     if (merge && kept) {
       const float theirs = s.sums[row * 2], base = fmaxf(top, theirs);

@@ -118,7 +118,7 @@ __device__ __forceinline__ void multiply_stage(WarpSums<s>& sums, const u8* stag
   const u8* weights = stage + warp % s.warps_down * s.warp_blocks() * S::kBlockBytes;
   const u8* x = stage + S::kX + column * 64 + lane * 16;
   const float* x_sums = reinterpret_cast<const float*>(stage + S::kSums) + column + lane / 4;
-#pragma unroll(m.group == 0 ? S::kTiles : s.columns == kFewColumns ? 4 : 1)
+#pragma unroll(m.group == 0 ? S::kTiles : s.columns == kOperandColumns ? 1 : 4)
   for (int t = 0; t < S::kTiles; t++) {
     if (!kWhole && t >= tiles) break;
     const u8* tile = weights + t * m.tile_bytes();
@@ -167,8 +167,8 @@ __device__ __forceinline__ void multiply_rows(const u8* weights, const View& x, 
       },
       [&](const u8* stage, int) {
         const int row_block = at.row_tile * s.row_blocks + warp % s.warps_down * kBlocks;
-        const int first_column = at.column_tile * s.columns + warp / s.warps_down * s.warp_columns;
-        if (row_block < m.row_blocks() && first_column < n_columns) {
+        const int in_tile = warp / s.warps_down * s.warp_columns, first_column = at.column_tile * s.columns + in_tile;
+        if (row_block < m.row_blocks() && in_tile < s.columns && first_column < n_columns) {
           multiply_stage<m, s, kWhole>(sums, stage, smaller(S::kTiles, x.tiles - at.step * S::kTiles));
           if (at.step + 1 == steps) finish(row_block, first_column);
         }

@@ -22,7 +22,7 @@ struct Head {
     for (int i = 0; i < kValues; i++) v[i] = dim(i) < 0 ? 0 : ld_cg(row + dim(i));
   }
 
-  // RMSNorm, where the model norms heads, and rotation by rotation_of(dim of the first half).
+  // RMSNorm, where the model norms heads, and rotation: of v[i] and its partner by rotation_of(i).
   template <class RotationOf>
   __device__ __forceinline__ void norm_and_turn(const float* norm_weight, RotationOf rotation_of) {
     float squares = 0;
@@ -35,7 +35,7 @@ struct Head {
       if (d < 0) break;
       float a = v[i], b = v[kPairs + i];
       if constexpr (model::kQkNorm) a *= scale * norm_weight[d], b *= scale * norm_weight[kHalf + d];
-      const Rotation r = rotation_of(d);
+      const Rotation r = rotation_of(i);
       v[i] = a * r.cos - b * r.sin;
       v[kPairs + i] = b * r.cos + a * r.sin;
     }
@@ -50,19 +50,19 @@ struct Head {
   }
 };
 
-// Rows 0 to end - 1, dealt to the warps of a block: fetch(row, head), then finish(row, head), with kAtOnce rows of a warp on
-// their way at a time.
+// Rows `first`, first + stride and so on below `end`: fetch(row, head), then finish(row, head), with kAtOnce of them on their way
+// at a time.
 template <int kAtOnce, class Fetch, class Finish>
-__device__ __forceinline__ void each_row(int end, Fetch fetch, Finish finish) {
+__device__ __forceinline__ void each_row(int first, int stride, int end, Fetch fetch, Finish finish) {
 #pragma unroll 1
-  for (int r = thread_index() / 32; r < end; r += kAtOnce * kWarps) {
+  for (int r = first; r < end; r += kAtOnce * stride) {
     Head heads[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; i++)
-      if (r + i * kWarps < end) fetch(r + i * kWarps, heads[i]);
+      if (r + i * stride < end) fetch(r + i * stride, heads[i]);
 #pragma unroll 1
-    for (int i = 0; i < kAtOnce && r + i * kWarps < end; i++) {
-      finish(r + i * kWarps, heads[0]);
+    for (int i = 0; i < kAtOnce && r + i * stride < end; i++) {
+      finish(r + i * stride, heads[0]);
 #pragma unroll
       for (int j = 1; j < kAtOnce; j++) heads[j - 1] = heads[j];
     }

@@ -64,11 +64,16 @@ __device__ __noinline__ void norm(const float* weight, const float* residual, ge
 #pragma unroll
     for (int i = 0; i < kBatch; i++) read(from, round + i, v[i]);
   };
+  const auto read_weights = [&](int round) {
+#pragma unroll
+    for (int i = 0; i < kWeights; i++) read(weight, round + i, w[i]);
+  };
 #pragma unroll 1
   for (int column = first_column(); column < n_columns; column += kGrid * kWarps) {
     const float* from = residual + (u64)column * model::kDim;
     u8* to = reinterpret_cast<u8*>(x.pair(column, lane * 8));
     float squares = 0;
+    read_weights(0);
 #pragma unroll 1
     for (int round = 0; round < kRounds; round += kBatch) {
       read_batch(from, round);
@@ -81,9 +86,7 @@ __device__ __noinline__ void norm(const float* weight, const float* residual, ge
       if (kRounds > kBatch) read_batch(from, round);
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        if (i % kWeights == 0)
-#pragma unroll
-          for (int j = 0; j < kWeights; j++) read(weight, round + i + j, w[j]);
+        if (i % kWeights == 0 && round + i > 0) read_weights(round + i);
 #pragma unroll
         for (int j = 0; j < 8; j++) v[i][j] *= scale * w[i % kWeights][j];
         put<m>(x, reinterpret_cast<u32*>(to + x.rows_further((round + i) * 32)), column, (round + i) * 32 + lane, round_8<m.bf16()>(v[i]));
@@ -99,7 +102,7 @@ template <Matrix m>
 __device__ __noinline__ void sum_groups(gemm::Operand<m> x, int n_columns) {
   constexpr int kGroups = gemm::Operand<m>::kGroups;
 #pragma unroll 1
-  for (int i = blockIdx.x * kConsumers + threadIdx.x; i < n_columns * kGroups; i += kGrid * kConsumers) {
+  for (int i = (threadIdx.x / 32 * kGrid + blockIdx.x) * 32 + threadIdx.x % 32; i < n_columns * kGroups; i += kGrid * kConsumers) {
     const int column = i % n_columns, group = i / n_columns;
     const u8* from = reinterpret_cast<const u8*>(x.pair(column, group * m.group));
     constexpr int kUnits = m.group / 8;
@@ -151,7 +154,7 @@ __device__ void read_chunk(const StepArgs& args) {
   const int n = args.n_columns;
 
   gemm::init_pipelines();
-  embed(args.weights + tensors::embed.offset, work.tokens(), work.residual(), n);
+  embed(args.weights + tensors::embed.offset, kFew ? args.tokens : work.tokens(), work.residual(), n);
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
     const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
@@ -169,11 +172,11 @@ __device__ void read_chunk(const StepArgs& args) {
     });
     grid.sync();  // publishes q, k and v of the chunk
 
-    fill_cache(args, work.qkv(), vector(tensors::k_norm), cache);
+    turn_heads<kFew>(args, work.qkv(), vector(tensors::q_norm), vector(tensors::k_norm), cache);
     if (layer + 1 == model::kLayers) return;
-    grid.sync();  // publishes the chunk's keys and values
+    grid.sync();  // publishes the chunk's queries, keys and values
 
-    attend_prompt<kFew>(args, model::window(layer), work.qkv(), vector(tensors::q_norm), cache, attended);
+    attend_prompt<kFew>(args, model::window(layer), work.qkv(), cache, attended);
     grid.sync();  // publishes the heads' outputs
     if constexpr (tensors::wo.has_sums()) {
       sum_groups(attended, n);

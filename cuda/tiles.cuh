@@ -9,33 +9,37 @@ namespace gemm {
 struct Shape {
   int row_blocks, columns;  // row blocks of 16 rows
   int warps_down;           // warps that share their columns
-  int warp_columns;         // warps past the last column only copy
+  int warp_columns;         // warps past the last column of the tile only copy
   __device__ constexpr int warp_blocks() const { return row_blocks / warps_down; }
 };
 
-// Shared memory: stages, then for bulk copies a barrier for each of them and the barriers' parities.
+// Shared memory: stages, then for bulk copies a barrier for each of them, the barriers' parities, and one word more.
 constexpr int kMostStages = 8, kStageRoom = kSharedBytes - 8 * (kMostStages + 2);
 __device__ __forceinline__ u64* landed_barriers() { return reinterpret_cast<u64*>(dynamic_smem() + kStageRoom); }
+__device__ __forceinline__ u32& spare_word() { return *reinterpret_cast<u32*>(landed_barriers() + kMostStages + 1); }
 __device__ __forceinline__ u32& kept_parities() { return *reinterpret_cast<u32*>(landed_barriers() + kMostStages); }
 
 constexpr int kOperandColumns = 128;  // of a tile of X in device memory
 constexpr Shape kWide{8, kOperandColumns, 4, kOperandColumns * 4 / kWarps};
 static_assert(kWarps % kWide.warps_down == 0 && kWide.warp_columns % 32 == 0, "warps must tile 128 rows by 128 columns");
 
-// For few columns the rows are dealt to all blocks, so that all of them read weights. Warps beside each other read the same
-// weights: four of them, or two where codes become operands anew each time.
+// For few columns the rows are dealt to all blocks, so that all of them read weights, and where there are too few rows for that,
+// the columns too. Warps beside each other read the same weights: as many as have 16 columns each, or half of them where
+// codes become operands anew each time.
 constexpr int kFewColumns = 64;
 template <bool kFew, Matrix m>
 __device__ constexpr Shape shape() {
   if (!kFew) return kWide;
-  constexpr int kMost = 8, kDown = kWarps * (m.group ? 32 : 16) / kFewColumns;
+  constexpr int kMost = 8;
   Shape best{};
   int least = 0;
-  for (int blocks = 1; blocks <= kMost; blocks *= 2) {
-    const int rounds = ceil_div(ceil_div(m.row_blocks(), blocks), kGrid), down = smaller(blocks, kDown);
-    const int cost = rounds * (blocks * 16 + kFewColumns / 2);  // what tiles read: weights, and columns from L2
-    const int columns = down * kFewColumns / kWarps;            // of a warp, where that is a tile of an mma
-    if (least == 0 || cost < least) least = cost, best = {blocks, kFewColumns, down, columns < 16 ? 16 : columns};
+  for (int columns = kFewColumns; columns >= 16; columns /= 2) {
+    for (int blocks = 1; blocks <= kMost; blocks *= 2) {
+      const int rounds = ceil_div(ceil_div(m.row_blocks(), blocks) * (kFewColumns / columns), kGrid);
+      const int down = smaller(blocks, kWarps * (m.group ? 32 : 16) / columns), cost = rounds * (blocks * 16 + columns / 2);
+      const int of_warp = down * columns / kWarps;  // where that is a tile of an mma
+      if (least == 0 || cost < least) least = cost, best = {blocks, columns, down, of_warp < 16 ? 16 : of_warp};
+    }
   }
   return best;
 }
@@ -77,14 +81,17 @@ struct Operand {
 // One step along the rows of X, in shared memory: weights [row block][tile], columns as in Operand, sums.
 template <Matrix m, Shape s>
 struct Stage {
-  // About as many of m's columns, so that three stages fit: each costs a barrier.
-  static constexpr int kMostCols = kStageRoom / (3 * 2 * (16 * s.row_blocks + s.columns));
-  static constexpr int kCols = kMostCols >= 256 ? 256 : kMostCols >= 128 ? 128 : 64;
-  static constexpr int kTiles = m.tile_cols() < kCols ? kCols / m.tile_cols() : 1;
+  static constexpr int kTileGroups = m.has_sums() ? m.tile_cols() / m.group : 0;
+  // As many of m's columns as let three stages fit: each costs a barrier.
+  static __device__ constexpr int tiles() {
+    int most = 512 / m.tile_cols();
+    while (most > 1 && 3 * most * (s.row_blocks * m.tile_bytes() + s.columns * (m.tile_cols() * 2 + kTileGroups * 4)) > kStageRoom) most /= 2;
+    return most;
+  }
+  static constexpr int kTiles = tiles();
   static constexpr int kBlockBytes = kTiles * m.tile_bytes();
   static constexpr int kX = s.row_blocks * kBlockBytes;  // offsets
   static constexpr int kSums = kX + kTiles * m.tile_cols() * s.columns * 2;
-  static constexpr int kTileGroups = m.has_sums() ? m.tile_cols() / m.group : 0;
   static constexpr int kBytes = kSums + kTiles * kTileGroups * s.columns * 4;
   static __device__ __forceinline__ constexpr int steps(int tiles) { return ceil_div(tiles, kTiles); }  // of a tile of Y
   static constexpr int kStages = smaller(kMostStages, kStageRoom / kBytes);
@@ -143,9 +150,13 @@ __device__ __forceinline__ void init_pipelines() {
 }
 
 // Runs `count` stages through shared memory: load(stage, i, landed) calls begin_copies(), use(stage, i) reads what landed.
-// Nobody may use that memory before, and nobody does after.
-template <int kStages, int kBytes, class Load, class Use>
-__device__ __forceinline__ void pipeline(u8* memory, int count, Load load, Use use) {
+// Nobody may use that memory before, and nobody does after. meanwhile(): while the first stages are on their way; what it
+// leaves in other shared memory is published before the first use().
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+template <int kStages, int kBytes, class Load, class Use, class Meanwhile = Nothing>
+__device__ __forceinline__ void pipeline(u8* memory, int count, Load load, Use use, Meanwhile meanwhile = {}) {
   u64* const landed = landed_barriers();
   u32 parities = kBulkCopy ? kept_parities() : 0;  // a bit for each stage
   const auto fill = [&](int stage, int i) {
@@ -155,6 +166,7 @@ __device__ __forceinline__ void pipeline(u8* memory, int count, Load load, Use u
   if (kBulkCopy && threadIdx.x % 32 == 0) fence_proxy_async_global();  // the copies see what the grid's barrier published
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; i++) fill(i, i);
+  meanwhile();
   int reading = 0, filling = kStages - 1;
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
@@ -197,16 +209,18 @@ __device__ __forceinline__ void load_stage(u8* stage, u64* landed, const u8* wei
   using S = Stage<m, s>;
   constexpr int kSlices = m.tile_cols() / 32, kSliceBytes = kOperandColumns * 64;  // slices of a tile
   const int first = place.step * S::kTiles, tiles = smaller(S::kTiles, x.tiles - first), row_block_bytes = x.tiles * m.tile_bytes();
-  const int row_block = place.row_tile * s.row_blocks, columns = s.columns == kFewColumns ? (n_columns + 15) / 16 * 16 : s.columns;
+  const int row_block = place.row_tile * s.row_blocks, column = place.column_tile * s.columns;
+  constexpr bool kWhole = s.columns == kOperandColumns;  // slices lie side by side
+  const int columns = kWhole ? s.columns : smaller(s.columns, (n_columns - column + 15) / 16 * 16);
+  const int tile = column / kOperandColumns * x.tiles + first, in_tile = column % kOperandColumns;
   const Runs<s.row_blocks, S::kBlockBytes> rows{stage, weights + (u64)row_block * row_block_bytes + first * m.tile_bytes(), row_block_bytes,
                                                 smaller(s.row_blocks, m.row_blocks() - row_block), tiles * m.tile_bytes()};
-  const u8* from = x.x + ((u64)place.column_tile * x.tiles + first) * kSlices * kSliceBytes;
-  constexpr bool kWhole = s.columns == kOperandColumns;  // slices lie side by side
+  const u8* from = x.x + (u64)tile * kSlices * kSliceBytes + in_tile * 64;
   constexpr int kRuns = kWhole ? 1 : S::kTiles * kSlices, kRunBytes = (kWhole ? S::kTiles * kSlices : 1) * s.columns * 64;
   const Runs<kRuns, kRunBytes> slices{stage + S::kX, from, kSliceBytes, kWhole ? 1 : tiles * kSlices,
                                       (kWhole ? tiles * kSlices : 1) * columns * 64};
   if constexpr (m.has_sums()) {
-    const float* sums = x.sums + (place.column_tile * x.tiles + first) * S::kTileGroups * kOperandColumns;
+    const float* sums = x.sums + tile * S::kTileGroups * kOperandColumns + in_tile;
     const Runs<S::kTiles * S::kTileGroups, s.columns * 4> groups{stage + S::kSums, reinterpret_cast<const u8*>(sums), kOperandColumns * 4,
                                                                  tiles * S::kTileGroups, columns * 4};
     begin_copies(landed, rows, slices, groups);

@@ -19,8 +19,12 @@ from .config import ModelConfig
 from .errors import DeviceError
 from .packing import Layout
 from .prefill_layout import (
+    DEALT_ROW_WARPS,
+    FEW_TOKENS,
     parts_before,
     prefill_barriers,
+    prefill_part_bytes,
+    prefill_parts,
     prefill_struct,
     prefill_token_bytes,
     prefill_tokens,
@@ -65,7 +69,7 @@ def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
         ("rope_turns", "u64", (head_dim // 2,)),  # one position's advance, in 2^-64 turns
         ("rope_scale", "float"), ("temperature", "float"), ("min_p", "float"),
         ("repetition", "float"), ("presence", "float"), ("frequency", "float"),
-        ("tokens", "int", (MANY_COLUMNS,)),  # -1: the token that the previous launch chose
+        ("tokens", "int", (FEW_TOKENS,)),  # -1: the token that the previous launch chose
         ("position", "int"),  # of tokens[0]
         ("n_columns", "int"), ("max_blocks", "int"),  # blocks of 16 positions in the cache
         ("head", "int"), ("logits", "int"), ("greedy", "int"), ("filters", "int"),
@@ -165,8 +169,9 @@ def generate(
     shared = {kind: parts(layout, tuning, panel_cols) for kind, layout in layouts.items()}
     shared |= {"embed": 1, "head": 1}
     workspace = workspace_offsets(
-        config, tuning, team_row_blocks(layouts, shared), tokens * sum(per_token.values())
-    )
+        config, tuning, team_row_blocks(layouts, shared), tokens * sum(per_token.values()),
+        prefill_part_bytes(config, tuning) if tokens else 0,
+    )  # fmt: skip
     constants = "\n".join([
         "#pragma once", '#include "tensor.cuh"',
         _tuning_constants(tuning, maps), _model_constants(config, kv_type),
@@ -262,6 +267,8 @@ def _tuning_constants(tuning: Tuning, maps: Mapping[str, SharedMap]) -> str:
         f"kLaterInFlightBytes = {tuning.later_in_flight_bytes};",
         f"constexpr bool kBulkCopy = {_bool(tuning.bulk_copy)};",
         f"constexpr bool kProfile = {_bool(tuning.profile)};",
+        f"constexpr int kSpan = {tuning.prefill_span}, kMostParts = {prefill_parts(tuning)};",
+        f"constexpr int kDealtRowWarps = {DEALT_ROW_WARPS};",
         f"constexpr int kTailBytes = {TAIL_BYTES}, kMostLogprobs = {MAX_LOGPROBS};",
         f"constexpr u32 kAlarmGridBarrier = {ALARM_GRID_BARRIER}, kAlarmRing = {ALARM_RING};",
         f"constexpr u32 kAlarmWord = {ALARM_WORD};",

@@ -31,11 +31,11 @@ class KeptTokens:
 
     def shared(self, prompt: Sequence[int]) -> int:
         """How many tokens of ``prompt`` need no forward; never the last, which gives the logits."""
-        same = _shared_front(list(prompt[:-1]), self.ids)
+        same = _shared_front(prompt, self.ids, min(len(prompt) - 1, len(self.ids)))
         if self._rope.kind not in LENGTH_DEPENDENT:
             return same
         keys = [self._rope_key(len(prompt))] * same
-        return _shared_front(self.rope_keys, keys)
+        return _shared_front(self.rope_keys, keys, same)
 
     def cut(self, position: int) -> None:
         """Forgets what stands at ``position`` and after it: about to be written."""
@@ -56,13 +56,13 @@ class KeptTokens:
         return int(self._rope.kind == "longrope" and length > self._original)
 
 
-def _shared_front(a: list[int], b: list[int]) -> int:
-    """How many elements are equal before the first that differ.
+def _shared_front(a: Sequence[int], b: list[int], end: int) -> int:
+    """How many of the first ``end`` elements are equal before the first that differ.
 
     By halves, as lists are compared many times faster than their elements one by one.
     """
-    begin, end = 0, min(len(a), len(b))
-    if a[:end] == b[:end]:  # a conversation goes on
+    a, begin = list(a[:end]), 0
+    if a == b[:end]:  # a conversation goes on
         return end
     while begin < end:
         middle = (begin + end + 1) // 2

@@ -10,6 +10,7 @@ from .tuning import Tuning
 
 PREFILL_TILE = 128  # tokens of one tile of a product, as kOperandColumns of cuda/tiles.cuh
 FEW_TOKENS = 64  # that prefill_few reads, as kFewColumns there
+DEALT_ROW_WARPS = 4  # that have query rows in a block which attends to one span
 _PHASES_PER_LAYER = 8  # a matrix whose columns' sums are needed has one more
 
 
@@ -17,6 +18,16 @@ def prefill_tokens(tuning: Tuning, max_context: int) -> int:
     """Tokens of a prompt that there is room for in one launch: whole tiles, no more than needed."""
     most = tuning.prefill_tokens // PREFILL_TILE * PREFILL_TILE
     return min(most, -(-max_context // PREFILL_TILE) * PREFILL_TILE)
+
+
+def prefill_parts(tuning: Tuning) -> int:
+    """Most parts, units of attention times spans of the past, that their blocks leave behind."""
+    return 4 * tuning.grid
+
+
+def prefill_part_bytes(config: ModelConfig, tuning: Tuning) -> int:
+    """Bytes of workspace for them: struct Part of cuda/prefill_attention.cuh for each warp."""
+    return prefill_parts(tuning) * DEALT_ROW_WARPS * (4 + 2 * config.head_dim) * 16
 
 
 def prefill_token_bytes(config: ModelConfig, layouts: Mapping[str, Layout]) -> dict[str, int]:

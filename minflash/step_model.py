@@ -167,10 +167,14 @@ class StepModel:
         if not 1 <= n <= most:
             raise AssertionError(f"one launch reads 1 to {most} tokens of a prompt, not {n}")
         self._begin(position, n, length)
-        place = self._workspace + self.program.workspace["prefill"]
-        self.device.upload(place, np.array(tokens, np.int32))
+        few = n <= FEW_TOKENS
+        if few:
+            self._args["tokens"][:n] = tokens
+        else:
+            place = self._workspace + self.program.workspace["prefill"]
+            self.device.upload(place, np.array(tokens, np.int32))
         self._prefilled = position, n
-        self._run(PREFILLS[n <= FEW_TOKENS])
+        self._run(PREFILLS[few])
 
     def _residual_of(self, position: int) -> int:
         """Address of what the last ``prefill`` left of a token before the last layer."""

@@ -55,6 +55,7 @@ class Tuning:
     max_splits: int = 64  # of the past, per KV head
     split_blocks: int = 8  # least blocks of 16 positions of a split
     prefill_tokens: int = 512  # most tokens of a prompt that one launch reads; 0: only steps do
+    prefill_span: int = 256  # positions that a prompt's attention sums up at a time
     profile: bool = False  # compile the in-kernel timer in
 
     @property

@@ -15,11 +15,12 @@ _ALIGN = 256  # bytes, of every part
 _TYPES = {
     "barrier": "u32", "abandoned": "u32", "next_token": "u32", "arrivals": "u32",
     "candidates": "struct Candidate", "residual": "float", "squares": "float", "rounded": "u16",
-    "team_arrivals": "u32", "team_sums": "float2", "qkv": "float",
+    "team_arrivals": "u32", "prefill_arrivals": "u32", "team_sums": "float2", "qkv": "float",
     "attended": "u16", "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
     "residual_words": "u64", "qkv_words": "u64", "attended_words": "u64", "hidden_words": "u64",
     "tail": "ranking::Tail", "scores": "float", "listed": "ranking::Entry",
     "ranked": "ranking::Entry", "noted": "uint2", "mask": "u32",
+    "prefill_parts": "uint4",
 }  # fmt: skip
 
 
@@ -39,7 +40,11 @@ def team_row_blocks(layouts: Mapping[str, Layout], shared: Mapping[str, int]) ->
 
 
 def workspace_offsets(
-    config: ModelConfig, tuning: Tuning, team_blocks: tuple[int, int], prefill_bytes: int
+    config: ModelConfig,
+    tuning: Tuning,
+    team_blocks: tuple[int, int],
+    prefill_bytes: int,
+    prefill_part_bytes: int,
 ) -> dict[str, int]:
     """Offsets of the workspace's parts. Words that blocks spin on have lines of their own.
 
@@ -50,7 +55,7 @@ def workspace_offsets(
     sizes = {
         "barrier": 4, "abandoned": 4, "next_token": 4, "arrivals": 4 * (max_teams(config) + 1),
         "candidates": 8 * tuning.grid, "tail": TAIL_BYTES,
-        "team_arrivals": 4 * team_blocks[0],
+        "team_arrivals": 4 * team_blocks[0], "prefill_arrivals": 4 * tuning.grid,
         "residual": 4 * MANY_COLUMNS * config.dim, "squares": MANY_COLUMNS * config.dim // 2,
         "rounded": 2 * MANY_COLUMNS * config.dim,
         "team_sums": 8 * 8 * MANY_COLUMNS * team_blocks[1],
@@ -68,7 +73,7 @@ def workspace_offsets(
         "attended_words": 4 * config.n_heads * config.head_dim,
         "hidden_words": 4 * config.hidden_dim,
         "profile": 8 * tuning.profile * tuning.grid * phases * PROFILE_MARKS,
-        "prefill": prefill_bytes,
+        "prefill_parts": prefill_part_bytes, "prefill": prefill_bytes,
     }  # fmt: skip
     offsets, end = {}, 0
     for name, nbytes in sizes.items():

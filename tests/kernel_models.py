@@ -253,6 +253,10 @@ class Machine:
         self._open.append(step)
         return step
 
+    @property
+    def last(self) -> StepModel:
+        return self._open[-1]
+
     def close(self) -> None:
         for step in self._open:
             step.close()
@@ -284,8 +288,9 @@ def tuning(model: RandomModel, run: Run, facts: DeviceFacts) -> Any:
         return choose(model.config, model.matrices, facts)
     small = {"stages": 8, "stage_bytes": 64 * model.config.head_dim, "in_flight_bytes": 12288}
     return choose(
-        model.config, model.matrices, facts, **small, split_blocks=2, prefetch=run.prefetch
-    )
+        model.config, model.matrices, facts, **small, split_blocks=2, prefetch=run.prefetch,
+        prefill_span=64,
+    )  # fmt: skip
 
 
 def without_last_block(step: StepModel) -> dict[str, Launch]:

@@ -186,11 +186,19 @@ with minflash.load(device="cuda") as llm:
 
 @pytest.mark.slow
 @measures
-@pytest.mark.parametrize("shape", ["llama-3.2-1b", "llama-3.1-8b"])
-def test_the_second_turn_of_a_conversation_starts_at_once(shape: str) -> None:
+@pytest.mark.parametrize(
+    "shape, quant",
+    [
+        ("smollm2-135m", "bf16"),
+        ("smollm2-135m", "int4"),
+        ("llama-3.2-1b", "bf16"),
+        ("llama-3.1-8b", "bf16"),
+    ],
+)
+def test_the_second_turn_of_a_conversation_starts_at_once(shape: str, quant: str) -> None:
     """1970 tokens, an answer of 30, then 40 new ones, in under a tenth of the first turn's time."""
     config = shape_config(shape)
-    weights = RandomWeights(config, shape_layouts(config, "bf16", None))
+    weights = RandomWeights(config, shape_layouts(config, quant, None))
     engine = CudaEngine.over(StepModel(weights, CudaDevice(), 4096))
     rng = np.random.default_rng(0)
     first = rng.integers(0, config.vocab_size, 1970).tolist()
@@ -208,9 +216,10 @@ def test_the_second_turn_of_a_conversation_starts_at_once(shape: str) -> None:
         list(engine.tokens(first, GREEDY, 30))
         ratios.append(first_token(second) / begin)
         assert engine.reused == 1999  # all but the last token of the answer
-    print(f"{shape}: first {1000 * begin:.1f} ms, then {100 * sorted(ratios)[2]:.1f} % of it")
     engine.close()
-    assert sorted(ratios)[2] < 0.1
+    share = sorted(ratios)[2]
+    print(f"{shape} {quant}: first {1000 * begin:.1f} ms, then {100 * share:.1f} % of it")
+    assert share < 0.1
 
 
 @pytest.mark.slow

@@ -169,6 +169,11 @@ def test_split_edges(machine: Machine, grid: int | None) -> None:
     split_edges(machine, MODELS["bf16"](), Run(grid), lengths)
 
 
+def test_blocks_without_rows(machine: Machine) -> None:
+    """More blocks than W_qkv has row blocks: splits belong to some that come to attention first."""
+    split_edges(machine, MODELS["bf16"](), Run(26, "random"), [0, 100, 330])
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_split_edges_of_the_rules(machine: Machine, capability: int) -> None:
     """Splits by the rules of tuning, several KV heads, a window that begins within a block."""

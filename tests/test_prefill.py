@@ -153,6 +153,23 @@ def test_attention_of_a_whole_card(machine: Machine, name: str, n: int) -> None:
     check(machine, MODELS[name](), run, n, past=330)
 
 
+def dealt(step: StepModel) -> bool:
+    """Whether blocks left spans of attention for each other."""
+    begin, end = (step.program.workspace[name] for name in ("prefill_parts", "prefill"))
+    parts = np.empty(end - begin, np.uint8)
+    step.device.download(step._workspace + begin, parts)
+    return bool(parts.any())
+
+
+@pytest.mark.parametrize("past, n", [(330, 1), (450, 42), (64, 300)])
+@pytest.mark.parametrize("name", SMALL)
+def test_spans_of_a_long_past(machine: Machine, name: str, past: int, n: int) -> None:
+    """Of few tokens each span is another block's, which some layers' windows do not reach."""
+    run = Run(40, "random")
+    check(machine, MODELS[name](), run, n, past=past)
+    assert dealt(machine.last) == (n <= 64)
+
+
 @pytest.mark.parametrize(
     "type, group, dim, hidden_dim",
     [("bf16", 0, 64, 4128), ("int8", 32, 4128, 64), ("int4", 64, 64, 4160), ("fp8", 32, 2080, 96)],
@@ -190,12 +207,14 @@ def test_pieces_and_order_do_not_change_a_bit(machine: Machine, name: str, small
     model, shared_bytes = MODELS[name](), 101376 if small else 232448
     tokens = random_tokens(model.config, 290)
     caches = []
-    for number, widths in enumerate(((290,), (8, 128, 154), (50, 1, 100), (290,))):
-        run = Run((2, 7, 1, None)[number], ORDERS[number % 3], number)
+    pieces = ((290,), (8, 128, 154), (50, 1, 100), (290,), (250, 20))
+    for number, (widths, grid) in enumerate(zip(pieces, (2, 7, 1, None, 40), strict=True)):
+        run = Run(grid, ORDERS[number % 3], number)
         step = machine.open(model, run, small=small, shared_bytes=shared_bytes)
         prefill(step, tokens, widths)
         step.wait()
         caches.append(np.stack(read_cache(step)))
+    assert dealt(step) == small  # the last few tokens
     for cache in caches[1:]:
         np.testing.assert_array_equal(cache, caches[0])
 
