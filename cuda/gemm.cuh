@@ -168,7 +168,8 @@ __device__ __forceinline__ void multiply_rows(const u8* weights, const View& x, 
       [&](const u8* stage, int) {
         const int row_block = at.row_tile * s.row_blocks + warp % s.warps_down * kBlocks;
         const int in_tile = warp / s.warps_down * s.warp_columns, first_column = at.column_tile * s.columns + in_tile;
-        if (row_block < m.row_blocks() && in_tile < s.columns && first_column < n_columns) {
+        constexpr bool kAllWarps = kWarps / s.warps_down * s.warp_columns <= s.columns;  // have columns
+        if (row_block < m.row_blocks() && (kAllWarps || in_tile < s.columns) && first_column < n_columns) {
           multiply_stage<m, s, kWhole>(sums, stage, smaller(S::kTiles, x.tiles - at.step * S::kTiles));
           if (at.step + 1 == steps) finish(row_block, first_column);
         }

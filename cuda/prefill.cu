@@ -132,6 +132,15 @@ __device__ __forceinline__ void add_product(const u8* layer, const gemm::View& x
   add_rows<kFew, m.rows_alone(), gemm::kWholeStages<kFew, m>>(layer + m.offset, x, bias, residual, n_columns);
 }
 
+template <bool kFew>
+__device__ __noinline__ void multiply_qkv(const u8* layer, gemm::View x, const float* bias, float* qkv, int n_columns) {
+  gemm::multiply<kFew, tensors::wqkv>(layer, x, n_columns, [&](int row, int column, float2 low, float2 high) {
+    float* at = qkv + (u64)column * tensors::wqkv.rows + row;
+    *reinterpret_cast<float2*>(at) = biased(bias, row, low);
+    *reinterpret_cast<float2*>(at + 8) = biased(bias, row + 8, high);
+  });
+}
+
 // SwiGLU's result for W_down.
 using Hidden = gemm::Operand<tensors::w_down.columns_alone()>;
 template <bool kFew>
@@ -164,12 +173,7 @@ __device__ void read_chunk(const StepArgs& args) {
     norm(vector(tensors::attn_norm), work.residual(), attention_input, n);
     grid.sync();  // publishes the normed residual
 
-    const float* wqkv_bias = vector(tensors::wqkv_bias);
-    gemm::multiply<kFew, tensors::wqkv>(weights, attention_input.view(), n, [&](int row, int column, float2 low, float2 high) {
-      float* at = work.qkv() + (u64)column * tensors::wqkv.rows + row;
-      *reinterpret_cast<float2*>(at) = biased(wqkv_bias, row, low);
-      *reinterpret_cast<float2*>(at + 8) = biased(wqkv_bias, row + 8, high);
-    });
+    multiply_qkv<kFew>(weights, attention_input.view(), vector(tensors::wqkv_bias), work.qkv(), n);
     grid.sync();  // publishes q, k and v of the chunk
 
     turn_heads<kFew>(args, work.qkv(), vector(tensors::q_norm), vector(tensors::k_norm), cache);
