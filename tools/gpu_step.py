@@ -28,7 +28,7 @@ from minflash.tail import Extras, noted_tokens  # noqa: E402
 
 
 def main(type: str, capability: int) -> None:
-    """Two columns, one column, splits of the past, a long prompt, sampling with all there is."""
+    """Two columns, one column, splits of the past, long prompts, sampling with all there is."""
     group = 0 if type in ("bf16", "fp16") else 64
     config = model_config(dim=128, hidden_dim=192, qk_norm=True, qkv_bias=True, windows=(0, 40))
     model = RandomModel(config, type, group)
@@ -37,15 +37,15 @@ def main(type: str, capability: int) -> None:
     tokens = random_tokens(config, 72)
     logits = feed(step, tokens, (8, 8, 8, 8, 8, 8, 8, 8, 1, 1, 2))
     assert_within_bound(logits, *references(model, tokens))
-    long = random_tokens(config, 150)
-    step.prefill(long[:100], 0)
-    step.prefill(long[100:141], 100)
-    step.step(long[140:141], 140, logits=True, resumes=True)
+    long = random_tokens(config, 308)
+    step.prefill(long[:290], 0)
+    step.prefill(long[290:299], 290)  # attention's spans are dealt to blocks
+    step.step(long[298:299], 298, logits=True, resumes=True)
     ended = step.read_logits(1)
-    logits = feed(step, long[141:], (8, 1), 141)
+    logits = feed(step, long[299:], (8, 1), 299)
     exact, rounded = references(model, long)
-    assert_within_bound(ended, exact[140:141], rounded[140:141])
-    assert_within_bound(logits, exact[141:], rounded[141:])
+    assert_within_bound(ended, exact[298:299], rounded[298:299])
+    assert_within_bound(logits, exact[299:], rounded[299:])
     sampling = Sampling(0.8, 40, 0.9, 0.01, 7, repetition_penalty=1.1)
     step.token(step.step([5], 72, sampling=sampling))
     step.note_tokens(noted_tokens(config.vocab_size, sampling, [5]))
