@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,6 +112,8 @@ class CudaEngine:
                 yield from self._launched_ahead(prompt, sampling, choose, count, cancelled)
         except Exception:
             self._kept.cut(0)  # nobody knows what a step that failed has written
+            with suppress(DeviceError):  # the first error is the one to tell
+                self._open_model().clear_cache()
             raise
 
     def _launched_ahead(

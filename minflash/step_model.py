@@ -314,6 +314,15 @@ class StepModel:
             self.device.upload(address, cache[layer, head])
         self.wait()
 
+    def clear_cache(self) -> None:
+        """Zeroes all keys and values, for after a step that may have left some that are not finite.
+
+        A block of positions is read as a whole, and zero times what is not finite is not zero.
+        """
+        args = self._args
+        nbytes = int(args["kv_layer_bytes"]) * self.config.n_layers
+        self.device.clear(int(args["kv_cache"]), nbytes)
+
     def _cache_rows(self) -> Iterator[tuple[tuple[int, int], int]]:
         """(layer, KV head) and the address of its first block."""
         config, args = self.config, self._args
@@ -371,6 +380,7 @@ class StepModel:
         """Turns an alarm into an exception and makes the model usable again."""
         kind, block, phase, expected, seen = (int(word) for word in self._alarm[:5])
         self._reset_barrier()  # the abandoned step runs to its end on its own
+        self.clear_cache()
         self._alarm[:] = 0
         limit = int(self._args["watchdog_ns"]) / 1e9
         what = {
