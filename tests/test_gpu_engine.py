@@ -20,8 +20,9 @@ from minflash.bench import RandomWeights
 from minflash.checkpoint import CheckpointWriter, open_checkpoint
 from minflash.config import ModelConfig
 from minflash.cuda_engine import CudaEngine
+from minflash.default_model import default_model
 from minflash.device import CudaDevice
-from minflash.errors import ContextError, DeviceError
+from minflash.errors import ContextError, DeviceError, DownloadError
 from minflash.packing import Layout
 from minflash.sampling import Sampling
 from minflash.shapes import shape_config, shape_layouts
@@ -64,7 +65,8 @@ def test_close_gives_all_memory_back(model: RandomModel) -> None:
         engine.close()
         return left
 
-    use()  # from now on CUDA has what it keeps for itself after the first launch
+    for _ in range(5):  # until CUDA has what it keeps for itself: 4 MiB after the first few
+        use()
     before = free()
     assert use() < before
     assert free() == before
@@ -231,18 +233,23 @@ def test_the_second_turn_of_a_conversation_starts_at_once(shape: str, quant: str
 @pytest.mark.slow
 @measures
 def test_the_first_token_comes_within_two_seconds() -> None:
-    def first_token() -> None:
+    if not os.environ.get("MINFLASH_MODEL"):
+        try:
+            default_model()
+        except DownloadError as error:
+            pytest.skip(f"no model: set MINFLASH_MODEL ({error})")
+
+    def first_token() -> float:
+        begin = time.perf_counter()
         with subprocess.Popen([sys.executable, "-c", FIRST_TOKEN], stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
-            child.stdout.readline()
-            times.append(time.perf_counter())
+            assert child.stdout.readline().strip().isdigit()
+            return time.perf_counter() - begin
 
-    times: list[float] = []
-    first_token()  # fetches the model, compiles the kernel
-    begin = time.perf_counter()
-    first_token()
-    print(f"first token after {times[1] - begin:.2f} s")
-    assert times[1] - begin <= 2
+    first_token()  # compiles the kernel
+    taken = first_token()
+    print(f"first token after {taken:.2f} s")
+    assert taken <= 2
 
 
 @pytest.mark.slow
