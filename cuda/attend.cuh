@@ -32,13 +32,13 @@ __device__ __forceinline__ float sum_of_row(float sum) {
   return sum;
 }
 
-// What one warp knows of its query rows 2 q and 2 q + 1: running maximum, this lane's sum, and the
-// weighted values of dims 16 d + g (out[d][0..1]) and 16 d + g + 8 (out[d][2..3]).
+// What one warp knows of its query rows 2 q and 2 q + 1: running maximum, this lane's sum (or the row's), and the
+// weighted values of dims 16 d + g (out[d][0..1]) and 16 d + g + 8 (out[d][2..3]), from some d on.
 template <int kSlices>
 struct Known {
   float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[kSlices][4] = {};
 
-  // Adds what is known of later positions. Written so that no compiler has a choice of how to round.
+  // Adds what is known of later positions; both with the sums of rows. Written so that no compiler has a choice of how to round.
   __device__ __forceinline__ void add(const Known& later) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {

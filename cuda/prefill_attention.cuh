@@ -175,7 +175,7 @@ __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, con
   const auto oldest_block = [&](int position) { return window && position >= window ? (position - window + 1) / 16 / kBlocks * kBlocks : 0; };
   const int first_span = oldest_block(args.position) / kSpanBlocks, spans = position_of(all_rows - 1) / kSpan - first_span + 1;
   const Plan plan = Plan::of<kFew>(all_rows, spans);
-  const bool dealt = kFew && plan.spans > 1;
+  const bool dealt = kFew && plan.spans > 1;  // each span is an item of its own
 #pragma unroll 1
   for (int item = blockIdx.x; item < plan.items(); item += kGrid) {
     const int unit = item % plan.units, warp = threadIdx.x / 32, unit_rows = plan.row_warps * attention::kRows;
@@ -212,8 +212,13 @@ __device__ __noinline__ void attend_prompt(const StepArgs& args, int window, con
           run = {};
         },
         [&] { load_queries(qkv, kv_head, unit_row, last_row + 1 - unit_row); });
-    if (dealt) combine(args, unit, item / plan.units, spans, rows_of, all, out);
-    else rows.write(out, all, 0);
+    if constexpr (kFew) {
+      if (dealt) {
+        combine(args, unit, item / plan.units, spans, rows_of, all, out);
+        continue;
+      }
+    }
+    rows.write(out, all, 0);
   }
 }
 }  // namespace prompt

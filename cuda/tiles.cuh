@@ -13,7 +13,7 @@ struct Shape {
   __device__ constexpr int warp_blocks() const { return row_blocks / warps_down; }
 };
 
-// Shared memory: stages, then for bulk copies a barrier for each of them, the barriers' parities, and one word more.
+// Shared memory: stages, then for bulk copies a barrier for each of them, the barriers' parities, and a word for attention.
 constexpr int kMostStages = 8, kStageRoom = kSharedBytes - 8 * (kMostStages + 2);
 __device__ __forceinline__ u64* landed_barriers() { return reinterpret_cast<u64*>(dynamic_smem() + kStageRoom); }
 __device__ __forceinline__ u32& spare_word() { return *reinterpret_cast<u32*>(landed_barriers() + kMostStages + 1); }
@@ -149,12 +149,13 @@ __device__ __forceinline__ void init_pipelines() {
   fence_mbarrier_init();
 }
 
-// Runs `count` stages through shared memory: load(stage, i, landed) calls begin_copies(), use(stage, i) reads what landed.
-// Nobody may use that memory before, and nobody does after. meanwhile(): while the first stages are on their way; what it
-// leaves in other shared memory is published before the first use().
 struct Nothing {
   __device__ __forceinline__ void operator()() const {}
 };
+
+// Runs `count` stages through shared memory: load(stage, i, landed) calls begin_copies(), use(stage, i) reads what landed.
+// Nobody may use that memory before, and nobody does after. meanwhile() is called while the first stages are on their way; what
+// it leaves in other shared memory is published before the first use().
 template <int kStages, int kBytes, class Load, class Use, class Meanwhile = Nothing>
 __device__ __forceinline__ void pipeline(u8* memory, int count, Load load, Use use, Meanwhile meanwhile = {}) {
   u64* const landed = landed_barriers();

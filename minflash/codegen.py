@@ -69,7 +69,8 @@ def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
         ("rope_turns", "u64", (head_dim // 2,)),  # one position's advance, in 2^-64 turns
         ("rope_scale", "float"), ("temperature", "float"), ("min_p", "float"),
         ("repetition", "float"), ("presence", "float"), ("frequency", "float"),
-        ("tokens", "int", (FEW_TOKENS,)),  # -1: the token that the previous launch chose
+        # of a step or a few of a prompt; -1: the token that the previous launch chose
+        ("tokens", "int", (FEW_TOKENS,)),
         ("position", "int"),  # of tokens[0]
         ("n_columns", "int"), ("max_blocks", "int"),  # blocks of 16 positions in the cache
         ("head", "int"), ("logits", "int"), ("greedy", "int"), ("filters", "int"),
