@@ -111,9 +111,7 @@ class CudaEngine:
             else:
                 yield from self._launched_ahead(prompt, sampling, choose, count, cancelled)
         except Exception:
-            self._kept.cut(0)  # nobody knows what a step that failed has written
-            with suppress(DeviceError):  # the first error is the one to tell
-                self._open_model().clear_cache()
+            self._forget()  # nobody knows what a step that failed has written
             raise
 
     def _launched_ahead(
@@ -215,7 +213,7 @@ class CudaEngine:
         for begin in range(0, len(tokens), MANY_COLUMNS):
             part = tokens[begin : begin + MANY_COLUMNS]
             self._step(part, begin, length=len(tokens), logits=True)
-            yield self._open_model().read_logits(len(part))
+            yield self._finite(self._open_model().read_logits(len(part)))
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
@@ -223,7 +221,7 @@ class CudaEngine:
             part = tokens[begin : begin + MANY_COLUMNS]
             self._step(part, begin, length=len(tokens), logits=True)
             self._open_model().read_logits(len(part), into=logits[begin : begin + len(part)])
-        return logits
+        return self._finite(logits)
 
     def hidden(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         model = self._open_model()
@@ -233,6 +231,7 @@ class CudaEngine:
             self._step(part, begin, length=len(tokens), head=False)
             residual[begin : begin + len(part)] = model.read_residual(len(part))
         weight = model.read_vector("final_norm")
+        self._finite(residual)
         hidden: NDArray[np.float32] = rms_norm(residual, weight, self.config.norm_eps)
         return hidden
 
@@ -243,6 +242,18 @@ class CudaEngine:
 
     def reset(self) -> None:
         self._kept.cut(0)
+
+    def _forget(self) -> None:
+        """Empties the cache, of which some may not be finite."""
+        self._kept.cut(0)
+        with suppress(DeviceError):  # after another error, which is the one to tell
+            self._open_model().clear_cache()
+
+    def _finite(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``rows``, one a token. Where one is not finite as a whole, the cache is emptied."""
+        if not np.isfinite(rows[:, 0]).all():
+            self._forget()
+        return rows
 
     def save_cache(self) -> CacheState:
         kept, blocks = self._kept, -(-len(self._kept) // BLOCK_POSITIONS)

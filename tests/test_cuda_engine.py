@@ -164,6 +164,10 @@ def test_logits_that_are_not_finite_are_an_error(
         list(engine.tokens(PROMPT, GREEDY, 5))
     exact, rounded = references(model, PROMPT)
     assert np.abs(engine.logits(PROMPT) - exact).max() <= bound(exact, rounded)
+    for fail in (engine.logits, engine.hidden, lambda tokens: [*engine.logit_parts(tokens)][-1]):
+        fill_with_nan(engine._open_model())
+        assert not np.isfinite(fail(PROMPT)).all()
+        assert np.abs(engine.logits(PROMPT) - exact).max() <= bound(exact, rounded)
     engine.close()
 
 
