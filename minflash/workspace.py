@@ -55,7 +55,8 @@ def workspace_offsets(
     sizes = {
         "barrier": 4, "abandoned": 4, "next_token": 4, "arrivals": 4 * (max_teams(config) + 1),
         "candidates": 8 * tuning.grid, "tail": TAIL_BYTES,
-        "team_arrivals": 4 * team_blocks[0], "prefill_arrivals": 4 * tuning.grid,
+        "team_arrivals": 4 * team_blocks[0],
+        "prefill_arrivals": 8 * tuning.grid,  # units of two spans or more: prefill_parts / 2
         "residual": 4 * MANY_COLUMNS * config.dim, "squares": MANY_COLUMNS * config.dim // 2,
         "rounded": 2 * MANY_COLUMNS * config.dim,
         "team_sums": 8 * 8 * MANY_COLUMNS * team_blocks[1],
