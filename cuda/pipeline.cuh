@@ -103,7 +103,7 @@ struct Producer {
     u8* dst = Shared<Map>::stage(stage, smem);
     if constexpr (kBulkCopy) {
       mbarrier_arrive_expect_tx(full, bytes);
-      cp_async_bulk(dst, src, bytes, full);
+      cp_async_bulk_once(dst, src, bytes, full);
     } else {
       for (u32 i = threadIdx.x % 32 * 16; i < bytes; i += 512) cp_async_16(dst + i, src + i);
       cp_async_mbarrier_arrive_noinc(full);

@@ -177,6 +177,12 @@ __device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 by
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_address(dst)),
                "l"(src), "r"(bytes), "r"(smem_address(b)) : "memory");
 }
+// The same for what is not read again soon: its lines are the first to leave L2. The number is what createpolicy makes for
+// L2::evict_first of all accesses (CUTLASS has it as CacheHintSm90::EVICT_FIRST).
+__device__ __forceinline__ void cp_async_bulk_once(void* dst, const void* src, u32 bytes, u64* b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+               ::"r"(smem_address(dst)), "l"(src), "r"(bytes), "r"(smem_address(b)), "l"(0x12f0000000000000ull) : "memory");
+}
 #else
 __device__ __forceinline__ void fence_mbarrier_init() {}
 __device__ __forceinline__ void fence_proxy_async_shared() {}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .sampling import Sampling
 
 LARGEST_CARD = DeviceFacts(compute_capability=90, multiprocessors=132, shared_bytes=232448)
-AHEAD = 4  # steps launched before the token of the one before them is read
+AHEAD = 2  # steps launched before the token of the one before them is read; those run on after a cancel
 QUEUED_CHUNKS = 8  # steps of a prompt that are launched before the host looks up
 LEAST_PREFILL = 17  # tokens of a prompt that are not read by steps: those of three steps
 

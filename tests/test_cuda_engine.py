@@ -119,6 +119,17 @@ def test_steps_are_launched_ahead_but_never_too_many(checkpoint: Checkpoint) -> 
     engine.close()
 
 
+def test_at_most_two_steps_run_after_a_cancel(checkpoint: Checkpoint) -> None:
+    engine, device = open_engine(checkpoint, 64)
+    got: list[int] = []
+    for token in engine.tokens(PROMPT, GREEDY, 20, cancelled=lambda: len(got) == 4):
+        got.append(token)
+    assert len(got) == 4
+    of_the_tokens = 2 + 3  # the prompt's second step chose the first of them
+    assert len(device.launches) <= of_the_tokens + 2
+    engine.close()
+
+
 def test_only_the_last_chunk_of_a_prompt_computes_the_head(checkpoint: Checkpoint) -> None:
     heads: list[tuple[int, int]] = []
     engine, _ = open_engine(

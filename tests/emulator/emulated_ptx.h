@@ -293,6 +293,7 @@ inline void fence_proxy_async_global() {}
 inline void mbarrier_arrive_expect_tx(u64* b, u32 bytes) { emulated::mbarrier_arrive(b, bytes); }
 inline bool mbarrier_try_wait_parity(u64* b, u32 parity) { return emulated::mbarrier_wait(b, parity); }
 inline void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* b) { emulated::copy_bulk(dst, src, bytes, b); }
+inline void cp_async_bulk_once(void* dst, const void* src, u32 bytes, u64* b) { emulated::copy_bulk(dst, src, bytes, b); }
 inline void cp_async_16(void* dst, const void* src) { emulated::copy_16(dst, src); }
 inline void cp_async_mbarrier_arrive_noinc(u64* b) { emulated::copy_16_arrive(b); }
 inline void cp_async_commit_group() { emulated::copy_16_commit(); }
