@@ -99,8 +99,8 @@ struct Stage {
 };
 
 // The first `count` of kCount runs of kMost bytes, `stride` bytes apart in device memory: of each the first `bytes`, a
-// multiple of 16.
-template <int kCount, int kMost>
+// multiple of 16. kOnce: nobody reads them again soon.
+template <int kCount, int kMost, bool kOnce = false>
 struct Runs {
   u8* to;
   const u8* from;
@@ -114,8 +114,13 @@ struct Runs {
   }
   __device__ __forceinline__ void copy_of(int warp, u64* landed) const {
 #pragma unroll
-    for (int i = 0; i < kCount; i += kWarps)
-      if (i + warp < count) cp_async_bulk(to + (i + warp) * kMost, from + (i + warp) * stride, bytes, landed);
+    for (int i = 0; i < kCount; i += kWarps) {
+      if (i + warp >= count) continue;
+      u8* dst = to + (i + warp) * kMost;
+      const u8* src = from + (i + warp) * stride;
+      if constexpr (kOnce) cp_async_bulk_once(dst, src, bytes, landed);
+      else cp_async_bulk(dst, src, bytes, landed);
+    }
   }
   __device__ __forceinline__ void copy_by_all() const {
 #pragma unroll
@@ -214,8 +219,10 @@ __device__ __forceinline__ void load_stage(u8* stage, u64* landed, const u8* wei
   constexpr bool kWhole = s.columns == kOperandColumns;  // slices lie side by side
   const int columns = kWhole ? s.columns : smaller(s.columns, (n_columns - column + 15) / 16 * 16);
   const int tile = column / kOperandColumns * x.tiles + first, in_tile = column % kOperandColumns;
-  const Runs<s.row_blocks, S::kBlockBytes> rows{stage, weights + (u64)row_block * row_block_bytes + first * m.tile_bytes(), row_block_bytes,
-                                                smaller(s.row_blocks, m.row_blocks() - row_block), tiles * m.tile_bytes()};
+  // Of few columns: who else reads these weights does so at the same time.
+  const u8* begin = weights + (u64)row_block * row_block_bytes + first * m.tile_bytes();
+  const Runs<s.row_blocks, S::kBlockBytes, !kWhole> rows{stage, begin, row_block_bytes, smaller(s.row_blocks, m.row_blocks() - row_block),
+                                                         tiles * m.tile_bytes()};
   const u8* from = x.x + (u64)tile * kSlices * kSliceBytes + in_tile * 64;
   constexpr int kRuns = kWhole ? 1 : S::kTiles * kSlices, kRunBytes = (kWhole ? S::kTiles * kSlices : 1) * s.columns * 64;
   const Runs<kRuns, kRunBytes> slices{stage + S::kX, from, kSliceBytes, kWhole ? 1 : tiles * kSlices,

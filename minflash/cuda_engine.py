@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .sampling import Sampling
 
 LARGEST_CARD = DeviceFacts(compute_capability=90, multiprocessors=132, shared_bytes=232448)
-AHEAD = 2  # steps launched before the token of the one before them is read; those run on after a cancel
+# Steps launched before the token of the one before them is read. They run on after a cancel.
+AHEAD = 2
 QUEUED_CHUNKS = 8  # steps of a prompt that are launched before the host looks up
 LEAST_PREFILL = 17  # tokens of a prompt that are not read by steps: those of three steps
 
