@@ -20,6 +20,9 @@ from .errors import ArgumentError, MinflashError
 # Between two parts of a JSON text. Bounded, as a model may otherwise go on with spaces for ever.
 WHITESPACE = r"[ \t\n]{0,24}"
 _INSTALL = 'pip install "minflash[grammar]"'
+# The types of a response_format, each with the keys it may have beside "type".
+_FORMATS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema", "schema")}
+_WRAPPER = {"name", "description", "strict", "schema"}  # OpenAI's, around a schema
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def parse_grammar(response_format: Any, regex: Any, grammar: Any) -> Grammar | N
 
     response_format: {"type": "text"}, {"type": "json_object"}, or {"type": "json_schema",
     "json_schema": {"schema": {...}}} as in OpenAI's interface; the schema may also stand under
-    "schema" or be the value of "json_schema" itself.
+    "schema" (of a json_object too) or be the value of "json_schema" itself. None is: not given.
     """
     given = [value for value in (response_format, regex, grammar) if value is not None]
     if len(given) > 1:
@@ -49,24 +52,64 @@ def parse_grammar(response_format: Any, regex: Any, grammar: Any) -> Grammar | N
 
 
 def _of_format(response_format: Any) -> Grammar | None:
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return Grammar("json_schema", '{"type": "object"}')
-    if kind != "json_schema":
+    given = _given(response_format) if isinstance(response_format, Mapping) else {}
+    kind = given.pop("type", None)
+    if not isinstance(kind, str) or kind not in _FORMATS:
         raise ArgumentError(
             'response_format must be {"type": "json_schema", "json_schema": {"schema": ...}}, '
             f'{{"type": "json_object"}} or {{"type": "text"}}, found {response_format!r:.80}'
         )
-    schema = response_format.get("json_schema", response_format.get("schema"))
-    if isinstance(schema, Mapping) and isinstance(schema.get("schema"), Mapping):
-        schema = schema["schema"]
-    if not isinstance(schema, Mapping):
+    _check_keys(f'response_format of type "{kind}"', given, _FORMATS[kind])
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        # What the schema leaves open is still an object.
+        return _of_schema({"type": "object", **_mapping(given.get("schema", {}))})
+    if len(given) != 1:
         raise ArgumentError(
-            f"response_format has no schema, found {response_format!r:.80}; put it under "
+            f"response_format has {'two schemas' if given else 'no schema'}, found "
+            f'{response_format!r:.80}; put it under "json_schema": {{"schema": ...}}'
+        )
+    if "schema" in given:
+        return _of_schema(_mapping(given["schema"]))
+    return _of_schema(_unwrapped(_mapping(given["json_schema"])))
+
+
+def _unwrapped(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of OpenAI's wrapper around one; ``value`` itself when it is the schema."""
+    only_wrappers = _WRAPPER - {"description"}  # which is a word of schemas, too
+    if value.keys() - _WRAPPER and not value.keys() & only_wrappers:
+        return value
+    wrapper = _given(value)
+    if "schema" not in wrapper:
+        raise ArgumentError(
+            f"json_schema of response_format has no schema, found {value!r:.80}; put it under "
             '"json_schema": {"schema": ...}'
         )
+    _check_keys("json_schema of response_format", wrapper, _WRAPPER)
+    return _mapping(wrapper["schema"])
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_keys(what: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    for name in given.keys() - known:
+        knows = f"knows {', '.join(sorted(known))}" if known else "has no other"
+        raise ArgumentError(f"{what} has the unknown key {name!r:.60}; it {knows}: leave it out")
+
+
+def _mapping(schema: Any) -> Mapping[str, Any]:
+    if not isinstance(schema, Mapping):
+        raise ArgumentError(
+            f"the schema of response_format must be a mapping, found {schema!r:.80}; "
+            'give the JSON schema itself, as {"type": "object", "properties": {...}}'
+        )
+    return schema
+
+
+def _of_schema(schema: Mapping[str, Any]) -> Grammar:
     try:
         return Grammar("json_schema", json.dumps(schema))
     except (TypeError, ValueError) as error:

@@ -37,6 +37,10 @@ def small(converted: Path) -> Iterator[LLM]:
         yield model
 
 
+def of_schema(value: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": value}}
+
+
 def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
     """A schema whose values are bounded, so that an answer fits the context."""
     kinds = ["string", "integer", "boolean", "null", "enum", "const"]
@@ -144,7 +148,18 @@ def test_one_grammar_serves_many_answers(small: LLM) -> None:
     [
         ({"response_format": "json"}, "response_format must be"),
         ({"response_format": {"type": "xml"}}, "response_format must be"),
-        ({"response_format": {"type": "json_schema"}}, "no schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format has no schema"),
+        (of_schema({"name": "p", "strict": True}), "json_schema of response_format has no schema"),
+        (of_schema({"name": "p", "type": "object"}), "json_schema of response_format has no sch"),
+        (of_schema({"description": "p"}), "json_schema of response_format has no schema"),
+        (of_schema({"name": "p", "schema": "{}"}), "must be a mapping, found '{}'"),
+        (of_schema({"schema": True}), "must be a mapping, found True"),
+        (of_schema("{}"), "must be a mapping, found '{}'"),
+        (of_schema({"schema": {}, "type": "object"}), "unknown key 'type'; it knows desc.* out"),
+        ({"response_format": {"type": "json_object", "schema": "{}"}}, "must be a mapping"),
+        ({"response_format": {"type": "json_object", "json_schema": {}}}, "unknown key 'json_sch"),
+        ({"response_format": {"type": "text", "schema": PERSON}}, "unknown key 'schema'; it has"),
+        ({"response_format": {"type": "json_schema", "schema": {}, "json_schema": {}}}, "two sch"),
         ({"response_format": {"type": "json_schema", "schema": {"a": {1}}}}, "not JSON"),
         ({"response_format": {"type": "json_schema", "schema": {"type": "foo"}}}, "Invalid type"),
         (
@@ -166,11 +181,29 @@ def test_what_cannot_be_honoured_is_an_error(
         small.stream("x", **options)
 
 
-def test_formats_of_two_spellings() -> None:
-    schema = {"type": "object"}
-    for spelling in ({"json_schema": {"name": "a", "schema": schema}}, {"schema": schema}):
-        asked = {"type": "json_schema", **spelling}
+def test_a_schema_is_honoured_in_every_spelling() -> None:
+    wrapper = {"name": "a", "strict": True, "description": None, "schema": PERSON}
+    described = {"description": "somebody", **PERSON}  # a word of schemas and of the wrapper
+    for schema, asked in (
+        (PERSON, {"type": "json_schema", "json_schema": wrapper}),
+        (PERSON, {"type": "json_schema", "json_schema": PERSON, "schema": None}),
+        (described, {"type": "json_schema", "json_schema": described}),
+        (PERSON, {"type": "json_schema", "schema": PERSON}),
+        (PERSON, {"type": "json_object", "schema": PERSON}),
+        ({"type": "object"}, {"type": "json_object"}),
+        (
+            {"type": "object", "required": ["a"]},
+            {"type": "json_object", "schema": {"required": ["a"]}},
+        ),
+        ({}, {"type": "json_schema", "schema": {}}),
+    ):
         assert parse_grammar(asked, None, None) == Grammar("json_schema", json.dumps(schema))
+
+
+def test_the_schema_of_a_json_object_binds_the_answer(small: LLM) -> None:
+    asked: Any = {"type": "json_object", "schema": {"$ref": "#/$defs/p", "$defs": {"p": PERSON}}}
+    text = small.generate("x", response_format=asked, max_tokens=110, seed=1, temperature=0.5)
+    assert set(json.loads(text)) == {"name", "age"}
 
 
 def test_without_the_extra(small: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
