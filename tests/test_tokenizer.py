@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +14,7 @@ import pytest
 from small_model import ScriptedEngine
 
 from minflash.config import ModelConfig
-from minflash.default_model import default_model
-from minflash.errors import DownloadError, TokenizerError
+from minflash.errors import TokenizerError
 from minflash.gguf_tokenizer import tokenizer_files
 from minflash.llm import LLM
 from minflash.tokenizer import Tokenizer
@@ -48,14 +46,9 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def smollm() -> Tokenizer:
-    """The default model's tokenizer; skipped where it cannot be fetched, but never in CI."""
-    try:
-        return Tokenizer.load(default_model(progress=False), 49152)
-    except DownloadError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"the default model cannot be fetched: {error}")
+def smollm(default_folder: Path) -> Tokenizer:
+    """The default model's tokenizer."""
+    return Tokenizer.load(default_folder, 49152)
 
 
 # SmolLM2, rebuilt from the default model's GGUF
