@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict
+
+import numpy as np
 
 from .errors import ArgumentError
 from .packing import GROUP_SIZES, TYPES
@@ -105,7 +107,7 @@ def parse(options: Mapping[str, Any], defaults: Sampling | None = None) -> Reque
         max_tokens=None if max_tokens is None else _max_tokens(max_tokens),
         stop=_stop_strings(given.get("stop", ())),
         stop_token_ids=frozenset(token_ids("stop_token_ids", given.get("stop_token_ids", ()))),
-        ignore_eos=bool(given.get("ignore_eos", False)),
+        ignore_eos=check_flag("ignore_eos", given.get("ignore_eos", False)),
         logprobs=_logprobs(given.get("logprobs")),
         grammar=_grammar(given),
     )
@@ -114,14 +116,33 @@ def parse(options: Mapping[str, Any], defaults: Sampling | None = None) -> Reque
 def token_ids(name: str, values: Any) -> list[int]:
     """Whole numbers of any integer type (NumPy arrays too) -> list of int."""
     try:
-        if isinstance(values, (bytes, bytearray)):
-            raise TypeError  # text that was not decoded, rather than token ids
+        if isinstance(values, (str, bytes, bytearray, Mapping)):
+            raise TypeError  # an empty one would pass, and so would text that was not decoded
         return [operator.index(value) for value in values]
     except TypeError:
         raise ArgumentError(
             f"{name} must be a sequence of token ids (whole numbers), found {_short(values)}; "
             "LLM.tokenize makes them from text"
         ) from None
+
+
+def check_vocabulary(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raises ArgumentError for a token id that no token of the model has."""
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ArgumentError(
+                f"{name} must be from 0 to {vocab_size - 1}, found {token}; this model has no "
+                "others, and LLM.tokenize makes them from text"
+            )
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value`` as a bool. Raises ArgumentError for anything else: "no" would count as true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(
+            f"{name} must be True or False, found {_short(value)}; leave it out for the default"
+        )
+    return bool(value)
 
 
 def is_messages(prompt: Any) -> bool:
@@ -222,8 +243,9 @@ def unknown_load_argument(name: str, known: Sequence[str]) -> str:
     return f"unknown argument {name!r}; load knows {', '.join(known)}"
 
 
-def check_load(quantize: Any, group_size: Any, max_context: Any) -> None:
+def check_load(quantize: Any, group_size: Any, max_context: Any, progress: Any) -> None:
     """Raises ArgumentError when an argument of load is outside its range."""
+    check_flag("progress", progress)
     if quantize is not None and quantize not in TYPES:
         raise ArgumentError(
             f"quantize must be one of {', '.join(TYPES)}, found {quantize!r}; leave it out to keep "

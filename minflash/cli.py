@@ -170,6 +170,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object when done")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
+    add("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, N alternatives")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -178,6 +179,8 @@ def _run(args: argparse.Namespace) -> int:
 
     prompt = _prompt(args)
     options = generation_options(args)  # a wrong one is said before a model is loaded
+    if args.logprobs is not None and not args.json:
+        raise ArgumentError("--logprobs is shown in the JSON object alone; add --json")
     with load(args.model, device=args.device, max_context=args.max_context) as llm:
         llm.tokenize("")  # without a tokenizer there is no text to print: say so now
         chunks = llm.stream(_conversation(llm, prompt, args), **options)
@@ -296,6 +299,7 @@ def _log_to_stderr() -> None:
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())
         logger.propagate = False
+    from . import notice  # noqa: F401 (reads MINFLASH_LOG_LEVEL, and may have a word to say)
 
 
 def _message(error: Exception) -> str:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from .arguments import check_flag
 from .checkpoint import expected_tensors
 from .config import ModelConfig
 from .conversion import Conversion, Part, Target
@@ -93,6 +94,8 @@ def convert(
     ``out`` appears only when it is complete. Raises ConvertError, ConfigError, CheckpointError,
     DownloadError, TokenizerError or ArgumentError.
     """
+    check_flag("overwrite", overwrite)
+    check_flag("progress", progress)
     wanted = Wanted(quant, group_size, head_quant)
     opened = open_source(source)
     try:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .notice import LOG_LEVELS
+
 OK, WARN, FAIL = "ok", "warn", "fail"
 _SPARE_BYTES = 1 << 30  # of disk: the default model and compiled kernels take less
 _ONE_LINE_KERNEL = 'extern "C" __global__ void one_line(int* out) { *out = 1; }\n'
@@ -25,7 +27,6 @@ _VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "CUDA_PATH", "CUPY_CACHE_DIR", "HF_HOME", "HF_HUB_OFFLINE",
     "XDG_CACHE_HOME", "NO_COLOR", "OPENBLAS_NUM_THREADS",
 )  # fmt: skip
-_LOG_LEVELS = ("debug", "info", "warning", "error")
 _OPTIONAL = {
     "jinja2": "chat", "gguf": "convert", "llguidance": "grammar", "starlette": "server",
     "uvicorn": "server",
@@ -248,8 +249,8 @@ def _environment() -> Iterable[Finding]:
             "environment", FAIL, f"MINFLASH_DEVICE is {device!r}", "set it to cpu or cuda"
         )
     level = seen.get("MINFLASH_LOG_LEVEL")
-    if level and level.lower() not in _LOG_LEVELS:
-        advice = f"set it to one of {', '.join(_LOG_LEVELS)}"
+    if level and level.lower() not in LOG_LEVELS:
+        advice = f"set it to one of {', '.join(LOG_LEVELS)}"
         yield Finding("environment", WARN, f"MINFLASH_LOG_LEVEL is {level!r}", advice)
     model = seen.get("MINFLASH_MODEL")
     if model and not Path(model).expanduser().exists() and model.count("/") != 1:

@@ -81,12 +81,18 @@ def perplexity(
 
     Raises ArgumentError for a text of fewer than two tokens or numbers out of range.
     """
-    context = context or min(DEFAULT_WINDOW, llm.max_context)
-    stride = stride or context
+    context = min(DEFAULT_WINDOW, llm.max_context) if context is None else context
+    stride = context if stride is None else stride
     if not 2 <= context <= llm.max_context:
-        raise ArgumentError(f"--context must be from 2 to {llm.max_context}, found {context}")
+        raise ArgumentError(
+            f"--context must be from 2 to {llm.max_context}, found {context}; leave it out for "
+            f"{DEFAULT_WINDOW} or what the model holds"
+        )
     if not 1 <= stride <= context:
-        raise ArgumentError(f"--stride must be from 1 to --context ({context}), found {stride}")
+        raise ArgumentError(
+            f"--stride must be from 1 to --context ({context}), found {stride}; leave it out for "
+            "windows that follow one another"
+        )
     tokens = llm.tokenize(text, special=False)
     if len(tokens) < 2:
         raise ArgumentError(

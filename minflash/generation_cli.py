@@ -43,7 +43,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: str = "2
     add("--presence-penalty", type=float, metavar="X", help="what an answer holds is less likely")
     add("--frequency-penalty", type=float, metavar="X", help="the same, by how often it came")
     add("--logit-bias", action="append", metavar="ID=X", help="add X to a token's logit")
-    add("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, N alternatives")
     add("--json-schema", metavar="FILE", help="the answer is JSON of this schema; - is any object")
     add("--regex", metavar="REGEX", help="the answer matches it")
     add("--grammar", metavar="FILE", help="the answer follows this Lark grammar")
@@ -53,7 +52,8 @@ def generation_options(args: argparse.Namespace) -> Any:
     """The keyword arguments of LLM.stream. Raises ArgumentError before a model is loaded."""
     from .arguments import parse
 
-    options = {name: getattr(args, name) for name in _OPTIONS}
+    # getattr: a chat has no --logprobs, as it could show none.
+    options = {name: getattr(args, name, None) for name in _OPTIONS}
     options["logit_bias"] = dict(map(_bias, args.logit_bias)) if args.logit_bias else None
     options["response_format"] = _response_format(args.json_schema)
     options["grammar"] = None if args.grammar is None else _read(args.grammar)

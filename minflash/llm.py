@@ -20,6 +20,7 @@ from .arguments import (
     Options,
     Prompt,
     as_messages,
+    check_vocabulary,
     is_messages,
     parse,
     token_ids,
@@ -315,12 +316,8 @@ class LLM:
         return tokens
 
     def _checked(self, tokens: Any) -> list[int]:
-        ids, vocab_size = token_ids("tokens", tokens), self.config.vocab_size
-        for place, token in enumerate(ids):
-            if not 0 <= token < vocab_size:
-                raise ArgumentError(
-                    f"token ids must be from 0 to {vocab_size - 1}, found {token} at place {place}"
-                )
+        ids = token_ids("tokens", tokens)
+        check_vocabulary("token ids", ids, self.config.vocab_size)
         return ids
 
     def _start(
@@ -336,13 +333,15 @@ class LLM:
         if request.stop:
             self._need_tokenizer("stop strings are text")
         tokens = self._prompt_tokens(prompt, tools)
-        self._checked([token for token, _ in request.sampling.logit_bias])
+        vocab_size, bias = self.config.vocab_size, request.sampling.logit_bias
+        check_vocabulary("token ids of logit_bias", (token for token, _ in bias), vocab_size)
+        check_vocabulary("stop_token_ids", sorted(request.stop_token_ids), vocab_size)
         ends = request.stop_token_ids | (frozenset() if request.ignore_eos else self.eos_token_ids)
         job = Job(
             prompt=tokens,
             count=room(len(tokens), request.max_tokens, self.max_context),
             sampling=request.sampling,
-            ends=frozenset(token for token in ends if token < self.config.vocab_size),
+            ends=frozenset(token for token in ends if token < vocab_size),  # of any config.json
             stop=request.stop,
             # An answer starts a text; a completion goes on, so that its first word keeps its space.
             before=() if is_messages(prompt) else tokens,

@@ -46,7 +46,7 @@ def load(
     """
     for name in unknown:
         raise ArgumentError(unknown_load_argument(name, _LOAD_ARGUMENTS))
-    check_load(quantize, group_size, max_context)
+    check_load(quantize, group_size, max_context, progress)
     folder = model_folder(path_or_repo, quantize=quantize, group_size=group_size, progress=progress)
     return _open(folder, device, max_context, progress)
 

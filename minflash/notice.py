@@ -5,11 +5,23 @@ from __future__ import annotations
 import logging
 import os
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
 logger = logging.getLogger("minflash")
-_level = getattr(logging, os.environ.get("MINFLASH_LOG_LEVEL", "").upper(), None)
-if isinstance(_level, int):
-    logger.setLevel(_level)
 
+
+def _set_level(level: str) -> None:
+    if level.lower() in LOG_LEVELS:
+        logger.setLevel(level.upper())
+    elif level:
+        logger.warning(
+            "MINFLASH_LOG_LEVEL must be one of %s, found %r, which changes nothing; set it to one "
+            "of them or unset it",
+            ", ".join(LOG_LEVELS),
+            level,
+        )
+
+
+_set_level(os.environ.get("MINFLASH_LOG_LEVEL", ""))
 _said: set[str] = set()
 
 

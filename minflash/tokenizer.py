@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .arguments import check_flag
 from .chat import Message, Neutralizer, check_messages, render
 from .errors import TokenizerError
 
@@ -67,6 +68,8 @@ class Tokenizer:
         add_bos: begin with the BOS token if this tokenizer does so; never twice.
         special: take the text of a special token for the token; else it is ordinary text.
         """
+        check_flag("add_bos", add_bos)
+        check_flag("special", special)
         ids = self._encode(text)
         if not special and not self.special_ids.isdisjoint(ids):
             ids = self._encode_guarded(text)
@@ -81,6 +84,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids. Bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
+        check_flag("skip_special", skip_special)
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
     def stream(self, context: Sequence[int] = (), *, skip_special: bool = True) -> TextStream:
@@ -104,6 +108,7 @@ class Tokenizer:
         Raises TokenizerError without a chat template, ArgumentError when it refuses the messages.
         """
         check_messages(messages)
+        check_flag("add_generation_prompt", add_generation_prompt)
         neutralizer = Neutralizer([text for text, special in self._added.items() if special])
         text = self._render(
             neutralizer.hide(messages),

@@ -135,6 +135,8 @@ def test_system_message_counts(run: Any) -> None:
         (("run", "a", "--temperature", "-1"), "temperature"),
         (("run", "a", "--top-p", "2"), "top_p"),
         (("run", "a", "--device", "tpu"), "invalid choice"),
+        (("run", "a", "--logprobs", "3"), "add --json"),
+        (("chat", "--logprobs", "3"), "unrecognized"),
         (("run", "a", "--temp-erature", "1"), "unrecognized"),
         (("convert", "x"), "-o"),
     ],
@@ -247,6 +249,15 @@ def test_terminal_gets_a_line_of_statistics(environment: dict[str, str]) -> None
     shown = os.read(ours, 4096).decode() if ready else ""
     os.close(ours)
     assert "tokens/s" in shown and "\x1b" not in shown
+
+
+def test_a_wrong_log_level_is_one_line(run: Any) -> None:
+    for command in (("list",), ("run", "x", "--max-tokens", "2")):
+        done = run(*command, MINFLASH_LOG_LEVEL="bogus")
+        assert done.returncode == 0 and done.err.count("\n") == 1
+        assert "must be one of debug, info, warning, error, found 'bogus'" in done.err
+        for right in ("", "warning", "ERROR"):
+            assert run(*command, MINFLASH_LOG_LEVEL=right).err == ""
 
 
 def test_start_is_quick(run: Any) -> None:

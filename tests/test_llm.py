@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_model import END, ScriptedEngine, load_tokenizer
 
+import minflash
 from minflash.config import ModelConfig
 from minflash.errors import (
     ArgumentError,
@@ -217,6 +218,12 @@ def test_unknown_arguments_are_errors(scripted: Any, name: str, hint: str) -> No
         {"stop": [""]},
         {"stop": [3]},
         {"stop_token_ids": ["a"]},
+        {"stop_token_ids": ""},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": [257]},
+        {"stop_token_ids": {"a": 1}},
+        {"ignore_eos": "no"},
+        {"ignore_eos": 1},
         {"temperature": -1},
         {"seed": 2**64},
     ],
@@ -224,6 +231,24 @@ def test_unknown_arguments_are_errors(scripted: Any, name: str, hint: str) -> No
 def test_bad_values_are_errors_at_the_call(scripted: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError):
         scripted(b"a").stream("x", **options)
+
+
+def test_only_true_and_false_are_flags(scripted: Any, tmp_path: Path) -> None:
+    model = scripted(b"a", eos_token_ids=[10**9])  # the model's own may be any: they never come
+    assert model.generate("x", max_tokens=1, ignore_eos=np.False_) == "a"
+    messages = [{"role": "user", "content": "x"}]
+    calls = [
+        lambda: model.tokenize("x", special="no"),
+        lambda: model.tokenize("x", add_bos=0),
+        lambda: model.detokenize([65], skip_special="no"),
+        lambda: model.apply_chat_template(messages, add_generation_prompt="no"),
+        lambda: minflash.load(tmp_path, progress="no"),
+        lambda: minflash.convert(tmp_path, tmp_path, overwrite="no"),
+        lambda: minflash.convert(tmp_path, tmp_path, progress=0),
+    ]
+    for call in calls:
+        with pytest.raises(ArgumentError, match="must be True or False, found"):
+            call()
 
 
 def test_sampling_defaults_of_the_model_and_of_the_call(scripted: Any) -> None:

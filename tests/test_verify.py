@@ -197,7 +197,10 @@ def test_eval_refuses_what_it_cannot_do(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with load(converted, device="cpu") as llm:
-        for text, context, stride in (("a", 8, 8), ("abc", 1, 1), ("abc", 8, 9), ("abc", 999, 1)):
+        for text, context, stride in (
+            *(("a", 8, 8), ("abc", 1, 1), ("abc", 8, 9), ("abc", 999, 1)),
+            *(("abc", 0, None), ("abc", 8, 0), ("abc", None, 0)),
+        ):
             with pytest.raises(ArgumentError):
                 perplexity(llm, text, context, stride)
     assert main(["eval", "perplexity", str(tmp_path / "missing"), "-m", str(converted)]) == 1
