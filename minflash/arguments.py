@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
@@ -136,6 +138,26 @@ def check_vocabulary(name: str, ids: Iterable[int], vocab_size: int) -> None:
             )
 
 
+def check_text(name: str, value: Any) -> str:
+    """``value``, a string. Raises ArgumentError."""
+    if not isinstance(value, str):
+        raise ArgumentError(
+            f"{name} must be a string, found {_short(value)}; decode bytes, join lists, and give "
+            "token ids as they are to stream, score or embed"
+        )
+    return value
+
+
+def as_path(name: str, value: Any) -> Path:
+    """The path of a file or folder, ~ for the home folder. Raises ArgumentError for none."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
+        raise ArgumentError(
+            f"{name} must be the path of a file or folder, as a string or pathlib.Path, found "
+            f"{_short(value)}"
+        )
+    return Path(value).expanduser()
+
+
 def check_flag(name: str, value: Any) -> bool:
     """``value`` as a bool. Raises ArgumentError for anything else: "no" would count as true."""
     if not isinstance(value, (bool, np.bool_)):
@@ -208,13 +230,13 @@ def _positive(name: str, value: Any, default: str) -> int:
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else tuple(value)
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ArgumentError(
-                f"stop must be a string or a list of strings, none of them empty, found {value!r}; "
-                "token ids go into stop_token_ids"
-            )
+    listed = isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
+    strings = tuple(value) if listed else (value,)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ArgumentError(
+            "stop must be a string or a list of strings, none of them empty, found "
+            f"{_short(value)}; token ids go into stop_token_ids"
+        )
     return strings
 
 

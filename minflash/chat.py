@@ -80,14 +80,15 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 def check_tools(template: str, tools: Sequence[Any] | None) -> None:
     """Raises ArgumentError when there are tools and the template does not name them."""
-    if not tools:
+    if tools is None:
         return
-    if isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools):
+    listed = isinstance(tools, Sequence) and not isinstance(tools, str)
+    if not listed or not all(isinstance(tool, Mapping) for tool in tools):
         raise ArgumentError(
             'tools must be a list of definitions like {"type": "function", "function": {...}}; '
             f"found {tools!r:.60}"
         )
-    if not re.search(r"\btools\b", template):
+    if tools and not re.search(r"\btools\b", template):
         raise ArgumentError(
             "this model's chat template knows no tools, so that they would be ignored; describe "
             "them in the system message, or take a model that was trained with tools"

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .arguments import check_flag
+from .arguments import as_path, check_flag
 from .checkpoint import expected_tensors
 from .config import ModelConfig
 from .conversion import Conversion, Part, Target
@@ -96,20 +96,20 @@ def convert(
     """
     check_flag("overwrite", overwrite)
     check_flag("progress", progress)
-    wanted = Wanted(quant, group_size, head_quant)
+    wanted, goal = Wanted(quant, group_size, head_quant), as_path("out", out)
     opened = open_source(source)
     try:
         config = _config(opened)
         targets = plan_tensors(opened, config)
         conversion = Conversion(opened, targets, wanted, progress, report or logger.info)
-        return conversion.run(Path(out), overwrite)
+        return conversion.run(goal, overwrite)
     finally:
         opened.close()
 
 
 def open_source(source: str | Path) -> Source:
     """The checkpoint at a path or of a hub id. Raises ConvertError when there is none."""
-    path = Path(source).expanduser()
+    path = as_path("source", source)
     if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         if path.suffix != ".gguf" and is_hub_id(str(source)):
             return HuggingFaceSource(fetch(str(source)))

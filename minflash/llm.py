@@ -31,7 +31,7 @@ from .context import room, too_long
 from .errors import ArgumentError, ContextError, MinflashError, TokenizerError
 from .generation import Job, run
 from .sampling import Sampling
-from .scoring import Score, check_pooling, pool, score
+from .scoring import Score, check_pooling, pool, score, texts
 from .structured import Grammar, GrammarConstraint, Grammars
 from .turns import Turns
 
@@ -191,8 +191,10 @@ class LLM:
         with self._turn():
             return score(tokens, self._engine.logit_parts(tokens))
 
-    def embed(self, text: str | Sequence[str], *, pooling: str = "mean") -> NDArray[np.float32]:
-        """float32 [dim] of one text, [n, dim] of several, each of length 1.
+    def embed(
+        self, text: str | Sequence[int] | Sequence[str], *, pooling: str = "mean"
+    ) -> NDArray[np.float32]:
+        """float32 [dim] of one text (or its token ids), [n, dim] of several, each of length 1.
 
         From what enters the output head, over all tokens (``pooling="mean"``) or of the last one.
         A model that was not trained for embeddings gives rough ones.
@@ -200,9 +202,9 @@ class LLM:
         import numpy as np
 
         check_pooling(pooling)
-        if not isinstance(text, str):
-            return np.stack([self.embed(one, pooling=pooling) for one in text])
-        tokens = self._fitting_tokens(text)
+        if (several := texts(text)) is not None:
+            return np.stack([self.embed(one, pooling=pooling) for one in several])
+        tokens = self._fitting_tokens(text)  # type: ignore[arg-type]
         with self._turn():
             return pool(self._engine.hidden(tokens), pooling)
 
@@ -303,7 +305,7 @@ class LLM:
         return tokens
 
     def _prompt_tokens(self, prompt: Prompt, tools: Sequence[Any] | None) -> list[int]:
-        if tools and not is_messages(prompt):
+        if tools not in (None, [], ()) and not is_messages(prompt):
             raise ArgumentError("tools go with a list of messages, as the chat template names them")
         if isinstance(prompt, str):
             tokens = self.tokenize(prompt) if prompt else []

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .arguments import check_load, unknown_load_argument
+from .arguments import as_path, check_load, unknown_load_argument
 from .errors import ArgumentError, CheckpointError, ConfigError, MinflashError
 from .llm import LLM
 from .notice import say_once
@@ -94,7 +94,7 @@ def model_folder(
     options = {"quant": quantize, "group_size": group_size}
     from .huggingface import is_hub_id
 
-    path = Path(source).expanduser()
+    path = as_path("a model", source)
     if path.is_dir():
         if _is_converted(path):
             _refuse_quantize(str(path), quantize, group_size)

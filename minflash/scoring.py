@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,25 @@ def pool(hidden: NDArray[np.float32], pooling: str) -> NDArray[np.float32]:
     vector = hidden.mean(axis=0) if pooling == "mean" else hidden[-1]
     length = np.linalg.norm(vector)
     return np.asarray(vector / length if length else vector, dtype=np.float32)
+
+
+def texts(text: Any) -> Sequence[str] | None:
+    """The texts when there are several; None for one, as a string or as token ids.
+
+    Raises ArgumentError for what is none of these, or nothing at all.
+    """
+    if isinstance(text, str):
+        return None
+    listed = isinstance(text, (Sequence, np.ndarray)) and not isinstance(text, bytes)
+    if not listed or not len(text):
+        raise ArgumentError(
+            "embed takes a string, a list of strings or a list of token ids, none of them empty, "
+            f"found {text!r:.60}"
+        )
+    strings = [one for one in text if isinstance(one, str)]
+    if strings and len(strings) < len(text):
+        raise ArgumentError(f"embed takes strings or token ids, not both, found {text!r:.60}")
+    return strings or None
 
 
 def check_pooling(pooling: str) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import as_path
 from .cache_state import CacheLayout, CacheState
-from .errors import CheckpointError, MinflashError
+from .errors import ArgumentError, CheckpointError, MinflashError
 from .safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def save(path: str | os.PathLike[str], engine: Engine, model: str) -> None:
     """
     from safetensors.numpy import save_file
 
+    goal = as_path("the path of a state", path)
+    if goal.is_dir():
+        raise ArgumentError(f"{goal}: is a folder; name a file in it for the state")
     state = engine.save_cache()
     metadata = {
         "format": FORMAT,
@@ -54,7 +58,6 @@ def save(path: str | os.PathLike[str], engine: Engine, model: str) -> None:
     tensors = {name: np.ascontiguousarray(value) for name, value in state.tensors.items()}
     tensors["ids"] = np.array(state.ids, np.int64)
     tensors["rope_keys"] = np.array(state.rope_keys, np.int64)
-    goal = Path(path).expanduser()
     part = goal.with_name(f".{goal.name}.{os.getpid()}.part")
     try:
         save_file(tensors, str(part), metadata)
@@ -62,7 +65,9 @@ def save(path: str | os.PathLike[str], engine: Engine, model: str) -> None:
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, Exception):
-            raise MinflashError(f"{goal}: the state cannot be written: {error}") from error
+            raise MinflashError(
+                f"{goal}: the state cannot be written: {getattr(error, 'strerror', None) or error}"
+            ) from error
         raise
 
 
@@ -72,7 +77,7 @@ def load(path: str | os.PathLike[str], engine: Engine, model: str) -> int:
     Raises CheckpointError when the file is damaged, of another model or of another kind of engine,
     and ContextError when it is longer than the context.
     """
-    with SafetensorsFile(Path(path).expanduser()) as file:
+    with SafetensorsFile(as_path("the path of a state", path)) as file:
         _check_metadata(file, model)
         layout = engine.cache_layout
         if file.metadata.get("layout") != layout.name:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import check_flag
+from .arguments import check_flag, check_text
 from .chat import Message, Neutralizer, check_messages, render
 from .errors import TokenizerError
 
@@ -70,7 +70,7 @@ class Tokenizer:
         """
         check_flag("add_bos", add_bos)
         check_flag("special", special)
-        ids = self._encode(text)
+        ids = self._encode(check_text("text", text))
         if not special and not self.special_ids.isdisjoint(ids):
             ids = self._encode_guarded(text)
         if (

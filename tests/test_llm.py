@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from small_model import END, ScriptedEngine, load_tokenizer
 
 import minflash
+from minflash import states
 from minflash.config import ModelConfig
 from minflash.errors import (
     ArgumentError,
@@ -217,6 +218,9 @@ def test_unknown_arguments_are_errors(scripted: Any, name: str, hint: str) -> No
         {"stop": ""},
         {"stop": [""]},
         {"stop": [3]},
+        {"stop": 5},
+        {"stop": {"a": 1}},
+        {"stop": b"a"},
         {"stop_token_ids": ["a"]},
         {"stop_token_ids": ""},
         {"stop_token_ids": [-1]},
@@ -231,6 +235,38 @@ def test_unknown_arguments_are_errors(scripted: Any, name: str, hint: str) -> No
 def test_bad_values_are_errors_at_the_call(scripted: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError):
         scripted(b"a").stream("x", **options)
+
+
+def test_mistakes_of_every_kind_are_errors_of_minflash(scripted: Any, tmp_path: Path) -> None:
+    model = scripted(b"a")
+    calls = [
+        (lambda: model.chat("hi", tools=5), "tools must be a list"),
+        (lambda: model.apply_chat_template("x", tools=5), "tools must be a list"),
+        (lambda: model.chat("hi", tools=""), "tools must be a list"),
+        (lambda: model.generate("hi", tools=0), "tools go with a list of messages"),
+        (lambda: model.embed([]), r"embed takes .*, none of them empty, found \[\]"),
+        (lambda: model.embed(None), "embed takes .* found None"),
+        (lambda: model.embed({"a": 1}), "embed takes"),
+        (lambda: model.embed(["a", 1]), "not both"),
+        (lambda: model.embed([1.5]), "token ids"),
+        (lambda: model.embed([999]), "token ids must be from 0 to 256, found 999"),
+        (lambda: model.tokenize(None), "text must be a string, found None"),
+        (lambda: model.tokenize(5), "text must be a string, found 5"),
+        (lambda: model.tokenize(b"a"), "text must be a string"),
+        (lambda: states.save(None, model._engine, ""), "path of a state must be .*, found None"),
+        (lambda: states.save("a\0b", model._engine, ""), "path of a state must be"),
+        (lambda: states.save(tmp_path, model._engine, ""), "is a folder; name a file in it"),
+        (lambda: states.save("/", model._engine, ""), "is a folder"),
+        (lambda: states.load(5, model._engine, ""), "path of a state must be"),
+        (lambda: minflash.load(5), "a model must be the path"),
+        (lambda: minflash.load(""), "a model must be the path"),
+        (lambda: minflash.convert(tmp_path, None), "out must be the path"),
+        (lambda: minflash.convert(None, tmp_path), "source must be the path"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ArgumentError, match=message):
+            call()
+    assert model.generate("hi", tools=[], stop={"b"}, max_tokens=1) == "a"
 
 
 def test_only_true_and_false_are_flags(scripted: Any, tmp_path: Path) -> None:
