@@ -278,7 +278,8 @@ def _check_cover(ordered: Mapping[str, TensorInfo], data_bytes: int, path: Path)
         if info.end > data_bytes:
             raise CheckpointError(
                 f"{path}: tensor {short(name)}: ends at byte {info.end} of the data, which has only"
-                f" {data_bytes} bytes; the file is truncated or damaged: fetch or convert it again"
+                f" {data_bytes} bytes; the file is truncated or damaged: fetch, convert or save it"
+                " again"
             )
     position, before = 0, "the start of the data"
     for name, info in ordered.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from .safetensors_file import SafetensorsFile
 if TYPE_CHECKING:
     from .engine import Engine
 
-FORMAT, VERSION = "minflash-state", "1"
+FORMAT, VERSION = "minflash-state", "2"  # 2: with a hash of the data
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _DTYPES = {"I64": np.int64, "F32": np.float32, "U8": np.uint8}
 
@@ -48,16 +48,17 @@ def save(path: str | os.PathLike[str], engine: Engine, model: str) -> None:
     if goal.is_dir():
         raise ArgumentError(f"{goal}: is a folder; name a file in it for the state")
     state = engine.save_cache()
+    tensors = {name: np.ascontiguousarray(value) for name, value in state.tensors.items()}
+    tensors["ids"] = np.array(state.ids, np.int64)
+    tensors["rope_keys"] = np.array(state.rope_keys, np.int64)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "model": model,
         "layout": state.layout.name,
         "positions": str(len(state.ids)),
+        "sha256": _digest(tensors),
     }
-    tensors = {name: np.ascontiguousarray(value) for name, value in state.tensors.items()}
-    tensors["ids"] = np.array(state.ids, np.int64)
-    tensors["rope_keys"] = np.array(state.rope_keys, np.int64)
     part = goal.with_name(f".{goal.name}.{os.getpid()}.part")
     try:
         save_file(tensors, str(part), metadata)
@@ -96,7 +97,8 @@ def _check_metadata(file: SafetensorsFile, model: str) -> None:
     if found.get("format") != FORMAT or found.get("version") != VERSION:
         raise CheckpointError(
             f"{file.path}: is not a state of version {VERSION} that LLM.save_state has written "
-            f"(format {found.get('format')!r}, version {found.get('version')!r})"
+            f"(format {found.get('format')!r}, version {found.get('version')!r}); read the text "
+            "again and save it again"
         )
     if found.get("model") != model:
         raise CheckpointError(
@@ -117,6 +119,11 @@ def _state(file: SafetensorsFile, layout: CacheLayout, vocab_size: int) -> Cache
             f"{file.path}: the tensors are {found}, they must be {expected}; save the state again"
         )
     tensors = {name: _array(file, name) for name in expected}
+    if _digest(tensors) != file.metadata.get("sha256"):
+        raise CheckpointError(
+            f"{file.path}: the state is damaged: its data do not have the SHA-256 that was saved "
+            "with them; read the text again and save it again"
+        )
     ids, rope_keys = tensors.pop("ids"), tensors.pop("rope_keys")
     if n and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise CheckpointError(f"{file.path}: ids must be from 0 to {vocab_size - 1}")
@@ -128,3 +135,12 @@ def _array(file: SafetensorsFile, name: str) -> NDArray[np.generic]:
     values = np.frombuffer(file.data(name).tobytes(), _DTYPES[info.dtype])
     array: NDArray[np.generic] = values.reshape(info.shape)
     return array
+
+
+def _digest(tensors: Mapping[str, NDArray[np.generic]]) -> str:
+    """SHA-256 of names and values; wrong keys would make wrong text without any other sign."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].data)
+    return digest.hexdigest()

@@ -214,6 +214,25 @@ def test_states_that_do_not_fit_are_refused(model: RandomModel, tmp_path: Path) 
     cuda.close()
 
 
+def test_one_wrong_byte_in_a_state_is_found(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    expected, _ = forwarded(engine, PROMPT, 3)
+    save(path, engine, "model")
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")  # of the data
+    for place in np.linspace(begin, len(whole) - 1, 9, dtype=int):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"the state is damaged.* save it again"):
+            load(path, engine, "model")
+    old = whole.replace(b'"version":"2"', b'"version":"1"')  # had no hash
+    path.write_bytes(old)
+    with pytest.raises(CheckpointError, match=r"version 2 .*version '1'\); read .* save it again"):
+        load(path, engine, "model")
+    assert old != whole and forwarded(engine, PROMPT, 3)[0] == expected
+    path.write_bytes(whole)
+    assert load(path, engine, "model") == len(PROMPT) + 2
+
+
 def test_states_of_an_llm(converted: Path, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     with minflash.load(converted, device="cpu") as llm:
