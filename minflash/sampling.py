@@ -55,6 +55,7 @@ from .errors import ArgumentError, MinflashError
 
 GREEDY_BELOW = 1e-4  # temperatures below this choose the largest logit
 SEED_BITS = 64
+HOTTEST = float(np.finfo(np.float32).max)  # all tokens are as likely; above it there is no float32
 MAX_LOGPROBS = 100  # of the likeliest tokens, beside the chosen one's
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -84,6 +85,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, math.inf, "0 means greedy")
+        object.__setattr__(self, "temperature", min(float(self.temperature), HOTTEST))
         _check_integer("top_k", self.top_k, -1, 2**31 - 1, "0 turns it off")
         _check_number("top_p", self.top_p, 0.0, 1.0, "1 turns it off")
         if self.top_p == 0:
@@ -184,8 +186,8 @@ def threshold(scaled: NDArray[np.float32], sampling: Sampling) -> np.float32:
         limit = np.partition(scaled, scaled.size - sampling.top_k)[scaled.size - sampling.top_k]
     if sampling.top_p < 1.0:
         limit = _top_p_threshold(scaled[scaled >= limit], top, sampling.top_p)
-    if sampling.min_p > 0.0:
-        limit = max(limit, top + np.log(np.float32(sampling.min_p)))
+    if (share := np.float32(sampling.min_p)) > 0.0:  # which may round to 0
+        limit = max(limit, top + np.log(share))
     return np.float32(limit)
 
 
@@ -255,7 +257,7 @@ def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
 def _check_number(name: str, value: object, low: float, high: float, way_out: str) -> None:
     try:
         number = float(value) if not isinstance(value, (bool, str)) else math.nan  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (low <= number <= high and math.isfinite(number)):
         limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,21 @@ def test_seeded_draws_a_fresh_seed_once():
     assert one.seeded() is one
 
 
+@pytest.mark.filterwarnings("error")
+def test_numbers_beyond_float32_keep_their_meaning() -> None:
+    logits = np.array(
+        [9.0, 8.0, 1.0, -np.inf], np.float32
+    )  # the last as a grammar's mask leaves it
+    hot = Sampling(temperature=1e300, seed=1)
+    counts = np.bincount([sample(logits, hot, position) for position in range(900)], minlength=4)
+    # As likely as each other: a third of 900, within 5 standard deviations of sqrt(900 * 2 / 9).
+    assert counts[3] == 0 and np.abs(counts[:3] - 300).max() < 71
+    kept = {sample(logits, replace(hot, top_k=2), position) for position in range(100)}
+    assert kept == {0, 1}
+    draws = {sample(logits, replace(hot, min_p=1e-300), position) for position in range(100)}
+    assert draws == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -160,6 +176,7 @@ def test_seeded_draws_a_fresh_seed_once():
         {"temperature": math.nan},
         {"temperature": math.inf},
         {"temperature": "hot"},
+        {"temperature": 10**400},
         {"temperature": None},
         {"top_k": -2},
         {"top_k": 1.5},
