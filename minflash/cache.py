@@ -15,12 +15,14 @@ from .errors import MinflashError
 
 @dataclass(frozen=True)
 class CachedModel:
-    """One converted model of the cache."""
+    """One model of minflash's cache, or of the Hugging Face hub's."""
 
-    name: str
+    name: str  # as load takes it
     path: Path
     nbytes: int  # of all files of its folder
     types: tuple[str, ...]  # types of its matrices, sorted: ("int4", "int8")
+    cache: str = "minflash"  # or "huggingface"
+    supported: bool = True  # False: no architecture of minflash's
 
 
 def cache_dir() -> Path:
@@ -78,9 +80,16 @@ def cached_models() -> list[CachedModel]:
     return [model for model in found if model is not None]
 
 
+def cached_model(name: str) -> Path | None:
+    """The folder of the model that ``cached_models`` calls ``name``, or None."""
+    if Path(name).name != name or not (model := _cached_model(cache_dir() / "models" / name)):
+        return None
+    return model.path
+
+
 def _cached_model(path: Path) -> CachedModel | None:
     """The model in ``path``, or None. Reads the headers alone, so that a listing is quick."""
-    if path.name.startswith(".") or not (path / "config.json").is_file():
+    if path.name.startswith(".") or not os.path.isfile(path / "config.json"):
         return None
     try:
         files = [file for file in path.iterdir() if file.is_file()]

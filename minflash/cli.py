@@ -55,6 +55,7 @@ Without sampling options the model's generation_config.json decides, else the mo
 """
 _ADDED_COMMANDS = {  # in NAME_cli.py each
     "chat": "talk with the model",
+    "list": "list the models in the caches",
     "serve": "serve the model to OpenAI clients and browsers",
     "plan": "tell memory, context and speed of a model before it is loaded",
     "doctor": "check this machine and say what to do",
@@ -114,9 +115,6 @@ def _parser() -> _Parser:
     _add_bench(commands.add_parser("bench", help="measure the kernel's speed on the GPU"))
     for name, purpose in _ADDED_COMMANDS.items():
         _add_command(commands.add_parser(name, help=purpose, description=purpose), name)
-    listing = commands.add_parser("list", help="list the models in the cache")
-    listing.add_argument("--json", action="store_true", help="print JSON")
-    listing.set_defaults(function=_list)
     for command in commands.choices.values():
         _add_debug(command)
     return parser
@@ -267,26 +265,6 @@ def _stats_line(stats: Stats, reason: str | None) -> str:
         f"[{stats.prompt_tokens} + {stats.generation_tokens} tokens, first after "
         f"{stats.time_to_first_token:.2f} s, then {stats.generation_tps:.1f} tokens/s{read}{ended}]"
     )
-
-
-def _list(args: argparse.Namespace) -> int:
-    from .cache import cache_dir, cached_models
-
-    models = cached_models()
-    if args.json:
-        facts = [
-            {"name": m.name, "path": str(m.path), "bytes": m.nbytes, "types": list(m.types)}
-            for m in models
-        ]
-        print(json.dumps(facts, ensure_ascii=False))
-    elif not models:
-        print(f"no models in {cache_dir()} yet; minflash run fetches the default one")
-    else:
-        width = max(len(model.name) for model in models)
-        for model in models:
-            types = ", ".join(model.types)
-            print(f"{model.name:{width}}  {model.nbytes / 1e6:8.1f} MB  {types:12}  {model.path}")
-    return 0
 
 
 class _StderrHandler(logging.Handler):

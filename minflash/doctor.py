@@ -252,9 +252,12 @@ def _environment() -> Iterable[Finding]:
     if level and level.lower() not in LOG_LEVELS:
         advice = f"set it to one of {', '.join(LOG_LEVELS)}"
         yield Finding("environment", WARN, f"MINFLASH_LOG_LEVEL is {level!r}", advice)
+    from .cache import cached_model
+
     model = seen.get("MINFLASH_MODEL")
-    if model and not Path(model).expanduser().exists() and model.count("/") != 1:
-        advice = "set it to a folder, a GGUF file or a hub id (owner/name)"
+    here = model and (Path(model).expanduser().exists() or cached_model(model))
+    if model and not here and model.count("/") != 1:
+        advice = "set it to a folder, a GGUF file, a name of minflash list or a hub id (owner/name)"
         yield Finding("environment", FAIL, f"MINFLASH_MODEL is {model!r}: not there", advice)
 
 

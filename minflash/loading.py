@@ -34,8 +34,9 @@ def load(
 ) -> LLM:
     """Loads a model; what is not in minflash's format yet is converted into the cache first.
 
-    ``path_or_repo``: a converted folder, a Hugging Face folder or hub id, a GGUF file, or None for
-    the environment's MINFLASH_MODEL, else the default model (fetched at the first call).
+    ``path_or_repo``: a converted folder, a Hugging Face folder or hub id, a GGUF file, a name that
+    ``minflash list`` prints, or None for the environment's MINFLASH_MODEL, else the default model
+    (fetched at the first call).
     ``device``: "cuda", "cpu", or None for MINFLASH_DEVICE, else cuda if usable, else cpu with a
     notice. ``quantize`` and ``group_size``: as in ``convert``, default: keep as stored.
     ``max_context``: positions, default: the model's own, bounded by free memory.
@@ -82,8 +83,8 @@ def model_folder(
 ) -> Path:
     """The converted folder of ``source``, made in the cache when it is not one already.
 
-    ``source``: a converted folder, a Hugging Face folder or hub id, a GGUF file, or None for
-    MINFLASH_MODEL or the default model. Without ``quantize`` weights stay as they are stored.
+    ``source``: as ``load`` takes it. A path that is there comes before a name of the cache, and
+    that before a hub id. Without ``quantize`` weights stay as they are stored.
     """
     source = source if source is not None else os.environ.get("MINFLASH_MODEL") or None
     if source is None:
@@ -92,10 +93,11 @@ def model_folder(
         _refuse_quantize("the default model", quantize, group_size)
         return default_model(progress=progress)
     options = {"quant": quantize, "group_size": group_size}
+    from .cache import cached_model
     from .huggingface import is_hub_id
 
     path = as_path("a model", source)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         if _is_converted(path):
             _refuse_quantize(str(path), quantize, group_size)
             return path
@@ -104,15 +106,18 @@ def model_folder(
                 f"{path}: holds no config.json, so that it is not a model's folder"
             )
         return _converted(str(path), path.resolve().name, _folder_identity(path), options, progress)
-    if path.exists():
+    if os.path.exists(path):
         _check_gguf(path)
         return _converted(str(path), path.stem, _file_identity(path), options, progress)
+    if isinstance(source, str) and (named := cached_model(source)) is not None:
+        _refuse_quantize(source, quantize, group_size)
+        return named
     if isinstance(source, str) and is_hub_id(source):
         # Fetched once: remove the conversion from the cache to fetch a newer revision.
         return _converted(source, source.replace("/", "--"), source, options, progress)
     raise CheckpointError(
         f"{path}: there is no such file or folder, and it is not a hub id (owner/name); a model "
-        "is a converted folder, a Hugging Face folder or a GGUF file"
+        "is a converted folder, a Hugging Face folder, a GGUF file or a name of minflash list"
     )
 
 

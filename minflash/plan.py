@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .arguments import as_path
+from .cache import cached_model
 from .cards import Card, find_card
 from .codegen import Program, generate
 from .config import ModelConfig
@@ -20,6 +22,7 @@ from .convert_types import Wanted, choose
 from .cuda_engine import LARGEST_CARD
 from .errors import ArgumentError, CheckpointError, ConfigError
 from .gpu_memory import cache_bytes, fixed_bytes, positions_that_fit, step_bytes
+from .hub_cache import hub_snapshot
 from .packing import Layout
 from .safetensors_file import read_json
 from .shapes import SHAPES, shape_config, shape_layouts
@@ -132,18 +135,19 @@ def describe(
     source: str | os.PathLike[str] | None, quant: str | None = None, group_size: int | None = None
 ) -> Described:
     """What the headers at ``source`` tell: a converted folder, a Hugging Face folder (of which only
-    config.json is read), a GGUF file, or None for MINFLASH_MODEL or the default model.
+    config.json is read), a GGUF file, a name that ``minflash list`` prints, or None for
+    MINFLASH_MODEL or the default model.
 
     quant, group_size: as in ``convert``. Raises a MinflashError.
     """
     wanted = Wanted(quant, group_size, None)
-    path = Path(_named(source)).expanduser()
-    if path.is_file():
+    path = _path(_named(source))
+    if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         return _describe_gguf(path, wanted)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(
-            f"{path}: there is no such file or folder; plan takes a folder or GGUF file that is "
-            f"here already, or --shape of {', '.join(SHAPES)}"
+            f"{path}: there is no such file or folder; plan takes a folder, a GGUF file or a name "
+            f"of minflash list that is here already, or --shape of {', '.join(SHAPES)}"
         )
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: holds no config.json, so that it is not a model's folder")
@@ -152,6 +156,13 @@ def describe(
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         return _describe_converted(path, wanted)
     return _describe_hf(path, config, wanted)
+
+
+def _path(source: str | os.PathLike[str]) -> Path:
+    path = as_path("a model", source)
+    if isinstance(source, str) and not os.path.exists(path):
+        return cached_model(source) or hub_snapshot(source) or path
+    return path
 
 
 def _named(source: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

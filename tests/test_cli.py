@@ -37,6 +37,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[s
         "MINFLASH_MODEL": str(model),
         "MINFLASH_DEVICE": "cpu",
         "MINFLASH_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "HF_HUB_CACHE": str(tmp_path_factory.mktemp("hub")),
     }
 
 
@@ -166,7 +167,7 @@ def test_a_bug_of_ours_is_one_line_too(capsys: Any, monkeypatch: Any) -> None:
     def broken(args: Any) -> int:
         raise KeyError("inside")
 
-    monkeypatch.setattr(cli, "_list", broken)
+    monkeypatch.setattr("minflash.list_cli.run", broken)
     assert cli.main(["list"]) == 1
     error = capsys.readouterr().err
     assert "unexpected KeyError" in error and "--debug" in error and error.count("\n") == 1
