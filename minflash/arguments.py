@@ -155,7 +155,13 @@ def as_path(name: str, value: Any) -> Path:
             f"{name} must be the path of a file or folder, as a string or pathlib.Path, found "
             f"{_short(value)}"
         )
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ArgumentError(
+            f"{name} is {_short(value)}, and the home folder it begins with is not known; write "
+            "the path without ~"
+        ) from None
 
 
 def check_flag(name: str, value: Any) -> bool:

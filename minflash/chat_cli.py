@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArgumentError, MinflashError, TokenizerError
+from .arguments import as_path
+from .errors import ArgumentError, ContextError, MinflashError, TokenizerError
 from .generation_cli import add_model_arguments, add_sampling_arguments, generation_options
 
 if TYPE_CHECKING:
@@ -164,6 +165,8 @@ class Session:
                 if not self.terminal.interactive:
                     raise
                 print()
+            except BrokenPipeError:  # whoever read the answers has left: main ends silently
+                raise
             except (MinflashError, OSError) as error:
                 self.failed = True
                 print(f"minflash: error: {error}", file=sys.stderr, flush=True)
@@ -186,6 +189,10 @@ class Session:
         try:
             with stoppable(self._stop, self.terminal.interactive):
                 answer = self._print_answer()
+        except ContextError as error:
+            if len(self.messages) == 1:
+                raise
+            raise ContextError(f"{error}; /reset forgets the conversation") from error
         finally:
             if answer:
                 self.messages.append({"role": "assistant", "content": answer})
@@ -236,8 +243,14 @@ class Session:
         try:
             partial.write_text(text + "\n", encoding="utf-8", errors="replace")
             partial.replace(path)
+        except OSError as error:
+            raise MinflashError(
+                f"{path}: cannot be written: {error.strerror}; name a file in a folder that is "
+                "there and can be written, as in /save talk.json"
+            ) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
         self.terminal.tell(f"{len(self.messages)} messages in {path}")
 
     def _load(self, rest: str) -> None:
@@ -272,6 +285,10 @@ def _read_messages(path: Path) -> list[dict[str, str]]:
     """The messages of a saved conversation; raises ArgumentError when it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MinflashError(
+            f"{path}: cannot be read: {error.strerror}; name a file that /save has written"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ArgumentError(f"{path}: not a saved conversation: {error}") from error
     messages = content.get("messages") if isinstance(content, dict) else None
@@ -295,8 +312,11 @@ def _is_system(message: dict[str, str]) -> bool:
 
 def _path(rest: str, command: str) -> Path:
     if not rest:
-        raise ArgumentError(f"{command} needs the name of a file")
-    return Path(rest).expanduser()
+        raise ArgumentError(f"{command} needs the name of a file, as in {command} talk.json")
+    path = as_path(f"the file of {command}", rest)
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
+        raise ArgumentError(f"{path}: is a folder; name a file in it")
+    return path
 
 
 def _name(llm: LLM) -> str:

@@ -45,7 +45,7 @@ def save(path: str | os.PathLike[str], engine: Engine, model: str) -> None:
     from safetensors.numpy import save_file
 
     goal = as_path("the path of a state", path)
-    if goal.is_dir():
+    if os.path.isdir(goal):  # unlike Path.is_dir, False for a name that is too long
         raise ArgumentError(f"{goal}: is a folder; name a file in it for the state")
     state = engine.save_cache()
     tensors = {name: np.ascontiguousarray(value) for name, value in state.tensors.items()}

@@ -72,13 +72,48 @@ def test_save_load_reset_system(llm: minflash.LLM, tmp_path: Path) -> None:
 def test_errors_are_lines_and_the_chat_goes_on(llm: minflash.LLM, tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text('{"messages": [{"role": "user"}]}')
-    lines = ["/dance", "/save", f"/load {bad}", f"/load {tmp_path}/none", "x " * 600, "Hello"]
-    code, shown, errors = chat("\n".join(lines), *SHORT)
+    (tmp_path / "file").touch()
+    none, beside = f"{tmp_path}/none/x", f"{tmp_path}/file/x"
+    expected = {
+        "/dance": "there is no command /dance",
+        "/save": "/save needs the name of a file",
+        f"/load {bad}": "role",
+        f"/load {none}": f"{none}: cannot be read: No such file or directory; name a file",
+        f"/save {none}": f"{none}: cannot be written: No such file or directory; name a file",
+        f"/save {beside}": f"{beside}: cannot be written: Not a directory; name a file",
+        f"/save {tmp_path}": f"{tmp_path}: is a folder; name a file in it",
+        "/save /": "/: is a folder; name a file in it",
+        "/save ~nobody-at-all/x": "write the path without ~",
+        f"/save {'x' * 300}": "cannot be written: File name too long",
+        "/load a\0b": "the file of /load must be the path",
+        "x " * 600: "context",
+    }
+    code, shown, errors = chat("\n".join([*expected, "Hello"]), *SHORT)
     assert (code, shown) == (1, talk(llm, "Hello")[0])
     found = errors.splitlines()
-    assert len(found) == 5 and all(line.startswith("minflash: error: ") for line in found)
-    for line, word in zip(found, ("/dance", "file", "role", "none", "context"), strict=True):
-        assert word in line
+    assert all(line.startswith("minflash: error: ") for line in found)
+    for line, words in zip(found, expected.values(), strict=True):
+        assert words in line and ".tmp" not in line and "/reset" not in line
+
+
+def test_a_full_context_tells_of_reset(llm: minflash.LLM) -> None:
+    code, shown, errors = chat("Hello\n" + "x " * 600 + "\n/reset\nHello\n", *SHORT)
+    assert (code, shown) == (1, talk(llm, "Hello")[0] * 2)
+    assert "context" in errors and errors.endswith("; /reset forgets the conversation\n")
+
+
+def test_a_reader_that_leaves_ends_the_chat_silently() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "minflash", "chat", "-m", str(TINY), *SHORT]
+    try:
+        done = subprocess.run(
+            command, input=b"Hello\n" * 3, stdout=write, stderr=subprocess.PIPE, env=ENVIRONMENT,
+            timeout=120,
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
