@@ -21,6 +21,7 @@ from starlette.routing import Route
 from .context import room
 from .errors import MinflashError
 from .server_answers import SSE_END, Answer, sse
+from .server_errors import ApiError, Body, api_error
 from .server_http import (
     EventStream,
     JsonResponse,
@@ -29,17 +30,14 @@ from .server_http import (
     read_json,
     unless_gone,
 )
+from .server_messages import parse_messages
 from .server_metrics import CONTENT_TYPE, Metrics
 from .server_page import load_page
 from .server_protocol import (
-    ApiError,
-    Body,
     Generation,
-    api_error,
     check_fields,
     parse_chat,
     parse_completion,
-    parse_messages,
     text_field,
 )
 from .server_queue import Job, ModelQueue

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .chunk import Chunk, Stats
-from .server_protocol import Body
+from .server_errors import Body
 
 
 @dataclass(frozen=True)

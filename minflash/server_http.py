@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .server_answers import to_json
-from .server_protocol import ApiError, Body
+from .server_errors import ApiError, Body
 
 Result = TypeVar("Result")
 

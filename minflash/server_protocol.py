@@ -8,15 +8,14 @@ OpenAI's API reference, "Chat completions" and "Completions". The fields ``top_k
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .arguments import parse
-from .errors import ArgumentError, ContextError, MinflashError, TokenizerError
-
-Body = dict[str, Any]
+from .errors import MinflashError
+from .server_errors import ApiError, Body, invalid, unsupported, wrong
+from .server_messages import parse_messages
 
 # Without effect on the answer.
 _HARMLESS = frozenset(
@@ -59,41 +58,6 @@ _CHAT = _COMMON | {"messages", "max_completion_tokens", "tools", "tool_choice", 
 _COMPLETION = _COMMON | {"prompt", "echo"}
 
 
-class ApiError(Exception):
-    """An answer other than success, in OpenAI's form."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        type: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, dict(headers or {})
-        self.type, self.param, self.code = type, param, code
-
-    def body(self) -> Body:
-        fields = {"message": self.message, "type": self.type, "param": self.param}
-        return {"error": {**fields, "code": self.code}}
-
-
-def api_error(error: Exception, param: str | None = None) -> ApiError:
-    """What a failure of the model's side is to a client; a bug of ours is told without details."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, ContextError):
-        return ApiError(400, str(error), param=param, code="context_length_exceeded")
-    if isinstance(error, (ArgumentError, TokenizerError)):
-        return ApiError(400, str(error), param=param, code="invalid_value")
-    known = isinstance(error, MinflashError)
-    message = str(error) if known else f"unexpected {type(error).__name__}; the log tells more"
-    return ApiError(500, message, type="server_error", code="internal_error")
-
-
 @dataclass(frozen=True)
 class Generation:
     """A checked request for text."""
@@ -116,11 +80,9 @@ def parse_chat(body: Body) -> Generation:
     fields = _known(body, _CHAT)
     if "max_completion_tokens" in fields:
         if "max_tokens" in fields:
-            raise ApiError(
-                400,
+            raise invalid(
+                "max_completion_tokens",
                 "max_tokens and max_completion_tokens are the same; give one of them",
-                param="max_completion_tokens",
-                code="invalid_value",
             )
         fields["max_tokens"] = fields.pop("max_completion_tokens")
     return Generation(
@@ -137,7 +99,7 @@ def parse_completion(body: Body) -> Generation:
     logprobs = fields.pop("logprobs", None)
     echo = _flag(fields, "echo")
     if echo and logprobs is not None:
-        raise _unsupported("echo", "log-probabilities of the prompt are not given: leave out one")
+        raise unsupported("echo", "log-probabilities of the prompt are not given: leave out one")
     return Generation(
         prompt=_prompt(fields.pop("prompt", None)),
         echo=echo,
@@ -146,21 +108,11 @@ def parse_completion(body: Body) -> Generation:
     )
 
 
-def parse_messages(messages: Any) -> list[Body]:
-    """Messages as templates expect them: text contents, arguments of tool calls as objects.
-
-    Raises ApiError.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise _wrong("messages", "a list of messages that is not empty", messages)
-    return [_message(number, message) for number, message in enumerate(messages)]
-
-
 def text_field(body: Body, name: str) -> str:
     """A field that must be there and be text. Raises ApiError."""
     value = body.get(name)
     if not isinstance(value, str):
-        raise _wrong(name, "a string", value)
+        raise wrong(name, "a string", value)
     return value
 
 
@@ -183,7 +135,7 @@ def _known(body: Body, known: frozenset[str]) -> Body:
         if name in _HARMLESS or fields[name] in _NEUTRAL.get(name, ()):
             del fields[name]
         elif name in _REFUSED:
-            raise _unsupported(name, _REFUSED[name])
+            raise unsupported(name, _REFUSED[name])
     check_fields(fields, sorted(known))
     return fields
 
@@ -192,14 +144,12 @@ def _shape(fields: Body) -> Body:
     """Model and form of the answer."""
     model, stream = fields.get("model"), _flag(fields, "stream")
     if not isinstance(model, (str, type(None))):
-        raise _wrong("model", "a string", model)
+        raise wrong("model", "a string", model)
     wanted = fields.get("stream_options", {})
     if not isinstance(wanted, dict):
-        raise _wrong("stream_options", "an object", wanted)
+        raise wrong("stream_options", "an object", wanted)
     if wanted and not stream:
-        raise ApiError(
-            400, "stream_options needs stream: true", param="stream_options", code="invalid_value"
-        )
+        raise invalid("stream_options", "stream_options needs stream: true")
     check_fields(wanted, ("include_usage", "include_obfuscation"))
     return {
         "model": model,
@@ -219,22 +169,20 @@ def _options(fields: Body, logprobs: Any = None) -> Body:
             parse({name: value})
         except (MinflashError, TypeError, ValueError) as error:
             message = str(error) if isinstance(error, MinflashError) else f"{name} is {value!r:.60}"
-            raise ApiError(400, message, param=name, code="invalid_value") from error
+            raise invalid(name, message) from error
     try:
         parse(options)
     except MinflashError as error:  # two that exclude each other
-        raise ApiError(400, str(error), code="invalid_value") from error
+        raise invalid(None, str(error)) from error
     return options
 
 
 def _chat_logprobs(fields: Body) -> int | None:
     wanted, top = _flag(fields, "logprobs"), fields.pop("top_logprobs", None)
     if top is not None and not wanted:
-        raise ApiError(
-            400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value"
-        )
+        raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
     if top is not None and (not isinstance(top, int) or isinstance(top, bool)):
-        raise _wrong("top_logprobs", "a whole number", top)
+        raise wrong("top_logprobs", "a whole number", top)
     return (top or 0) if wanted else None
 
 
@@ -243,75 +191,27 @@ def _tools(fields: Body) -> list[Any] | None:
     if tools is not None and not (
         isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     ):
-        raise _wrong("tools", "a list of objects", tools)
+        raise wrong("tools", "a list of objects", tools)
     if choice == "none":
         return None
     if choice != "auto":
-        raise _unsupported("tool_choice", 'the model decides: "auto" or "none"')
+        raise unsupported("tool_choice", 'the model decides: "auto" or "none"')
     return tools or None
-
-
-def _message(number: int, message: Any) -> Body:
-    name = f"messages[{number}]"
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise _wrong(name, "an object with a role and a content", message)
-    plain = {key: value for key, value in message.items() if value is not None}
-    plain["content"] = _content(f"{name}.content", message.get("content"))
-    if plain["role"] == "developer":  # OpenAI's newer word, which templates do not know
-        plain["role"] = "system"
-    if isinstance(plain.get("tool_calls"), list):
-        plain["tool_calls"] = [_tool_call(call) for call in plain["tool_calls"]]
-    return plain
-
-
-def _content(name: str, content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise _wrong(name, "a string or a list of text parts", content)
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text"):
-            raise _wrong(name, "text: this model reads nothing else", part)
-    return "".join(text_field(part, "text") for part in content)
-
-
-def _tool_call(call: Any) -> Any:
-    """Templates write arguments as JSON themselves; the protocol has them as JSON text."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _prompt(prompt: Any) -> str | list[int]:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, list) and any(isinstance(item, (str, list)) for item in prompt):
-        raise _unsupported("prompt", "one request completes one prompt: send them one by one")
+        raise unsupported("prompt", "one request completes one prompt: send them one by one")
     whole = isinstance(prompt, list) and all(type(token) is int for token in prompt)
     if not prompt or not (isinstance(prompt, str) or whole):
-        raise _wrong("prompt", "a string or a list of token ids that is not empty", prompt)
+        raise wrong("prompt", "a string or a list of token ids that is not empty", prompt)
     return prompt  # type: ignore[no-any-return]
 
 
 def _flag(fields: Body, name: str) -> bool:
     value = fields.pop(name, None)
     if not isinstance(value, (bool, type(None))):
-        raise _wrong(name, "true or false", value)
+        raise wrong(name, "true or false", value)
     return bool(value)
-
-
-def _wrong(name: str, rule: str, value: Any) -> ApiError:
-    found = json.dumps(value, ensure_ascii=False, default=repr)
-    found = found if len(found) <= 60 else found[:57] + "..."
-    return ApiError(400, f"{name} must be {rule}; found {found}", param=name, code="invalid_value")
-
-
-def _unsupported(name: str, reason: str) -> ApiError:
-    return ApiError(
-        400, f"{name} is not supported here; {reason}", param=name, code="unsupported_parameter"
-    )

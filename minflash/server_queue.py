@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from .chunk import NO_TOKEN, Chunk
-from .server_protocol import ApiError
+from .server_errors import ApiError
 
 Start = Callable[[], Generator[Chunk, None, None]]
 

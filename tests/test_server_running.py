@@ -259,7 +259,7 @@ def test_the_second_interrupt_waits_for_nothing(program: Any) -> None:
 def test_shutdown_stops_what_takes_too_long(llm: minflash.LLM) -> None:
     import asyncio
 
-    from minflash.server_protocol import ApiError
+    from minflash.server_errors import ApiError
     from minflash.server_queue import Job, ModelQueue
 
     paced = PacedLLM(llm)
