@@ -24,20 +24,15 @@ _HARMLESS = frozenset(
         *("prompt_cache_key", "prompt_cache_retention", "prediction"),
     )
 )
-# Values that ask for nothing beyond what happens anyway.
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "suffix": ("",),
-    "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "parallel_tool_calls": (True,),
-    "top_logprobs": (0,),
+# Values of fields that the library does not have, which ask for nothing beyond what happens anyway.
+# A sampling field is never left out: its neutral value may differ from the model's default.
+_NEUTRAL: Mapping[str, Any] = {
+    "n": 1,
+    "best_of": 1,
+    "suffix": "",
+    "modalities": ["text"],
+    "parallel_tool_calls": True,
+    "top_logprobs": 0,
 }
 _REFUSED = {
     "n": "one request makes one answer: send it several times",
@@ -132,12 +127,17 @@ def _known(body: Body, known: frozenset[str]) -> Body:
     """The fields that mean something."""
     fields = {name: value for name, value in body.items() if value is not None}
     for name in list(fields):
-        if name in _HARMLESS or fields[name] in _NEUTRAL.get(name, ()):
+        if name in _HARMLESS or _is_neutral(name, fields[name]):
             del fields[name]
         elif name in _REFUSED:
             raise unsupported(name, _REFUSED[name])
     check_fields(fields, sorted(known))
     return fields
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Of the same type too: true is not 1."""
+    return type(value) is type(_NEUTRAL.get(name)) and value == _NEUTRAL[name]
 
 
 def _shape(fields: Body) -> Body:

@@ -170,6 +170,19 @@ def test_messages_of_the_protocol(server: Server, llm: minflash.LLM) -> None:
     )
 
 
+def test_a_neutral_value_wins_over_the_models_default(tmp_path: Path) -> None:
+    folder = shutil.copytree(TINY, tmp_path / "penalized")
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 5.0}')
+    with minflash.load(folder, device="cpu") as llm, running(llm) as server:
+        said = []
+        for fields in ({}, {"repetition_penalty": 1}, {"repetition_penalty": 1.0}):
+            body = {"prompt": "Once", "max_tokens": 20, **fields}
+            said.append(server.post(COMPLETIONS, body)[2]["choices"][0]["text"])
+        assert said[0] == llm.generate("Once", max_tokens=20)
+        assert said[1] == said[2] == llm.generate("Once", max_tokens=20, repetition_penalty=1)
+        assert said[0] != said[1]
+
+
 def test_harmless_fields_are_accepted(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="tiny",
@@ -195,6 +208,13 @@ def test_harmless_fields_are_accepted(client: openai.OpenAI) -> None:
         (CHAT, {"temprature": 1}, "temprature", "unknown_parameter"),
         (CHAT, {"prompt": "a"}, "prompt", "unknown_parameter"),
         (CHAT, {"n": 2}, "n", "unsupported_parameter"),
+        (CHAT, {"n": True}, "n", "unsupported_parameter"),
+        (CHAT, {"n": 1.0}, "n", "unsupported_parameter"),
+        (CHAT, {"repetition_penalty": True}, "repetition_penalty", "invalid_value"),
+        (CHAT, {"presence_penalty": False}, "presence_penalty", "invalid_value"),
+        (CHAT, {"min_tokens": False}, "min_tokens", "invalid_value"),
+        (CHAT, {"logprobs": True, "top_logprobs": False}, "top_logprobs", "invalid_value"),
+        (COMPLETIONS, {"best_of": True}, "best_of", "unsupported_parameter"),
         (CHAT, {"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
         (CHAT, {"tools": "all"}, "tools", "invalid_value"),
         (CHAT, {"temperature": -1}, "temperature", "invalid_value"),
