@@ -360,9 +360,10 @@ class LLM:
             return None
         tokenizer = self._need_tokenizer("a grammar is about text")
         ends = stop_token_ids | self.eos_token_ids
-        if self._grammars is None or self._grammars.ends != ends:
-            self._grammars = Grammars(tokenizer.source, self.config.vocab_size, ends)
-        return self._grammars.constraint(grammar)
+        grammars = self._grammars  # other threads may put theirs in its place
+        if grammars is None or grammars.ends != ends:
+            grammars = self._grammars = Grammars(tokenizer.source, self.config.vocab_size, ends)
+        return grammars.constraint(grammar)
 
     @contextlib.contextmanager
     def _turn(self, cancelled: threading.Event | None = None) -> Iterator[bool]:

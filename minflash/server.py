@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .context import room
-from .errors import MinflashError
 from .server_answers import SSE_END, Answer, sse
 from .server_errors import ApiError, Body, api_error
 from .server_http import (
@@ -41,6 +40,7 @@ from .server_protocol import (
     text_field,
 )
 from .server_queue import Job, ModelQueue
+from .server_work import prepare
 
 if TYPE_CHECKING:
     from .chunk import Chunk
@@ -174,12 +174,12 @@ class Service:
     async def _generate(self, request: Request, asked: Generation) -> Response:
         self._check_model(asked.model)
         self.queue.check_room()  # before any work
-        try:
-            tokens, before = await asyncio.to_thread(self._prepare, asked)
-        except MinflashError as error:
-            raise api_error(error, "messages" if asked.is_chat else "prompt") from error
-        answer = Answer(self.model, asked.is_chat, len(tokens), before, self._token_text)
-        job = Job(partial(self._start, asked, len(tokens)), len(tokens), self.llm.cancel)
+        cancelled = threading.Event()
+        work = await asyncio.to_thread(prepare, self.llm, asked, cancelled)
+        answer = Answer(
+            self.model, asked.is_chat, work.prompt_tokens, work.before, self._token_text
+        )
+        job = Job(work.chunks, work.prompt_tokens, cancelled)
         self.queue.submit(job)
         try:
             # What goes wrong before the first token is an error with a status of its own.
@@ -192,31 +192,6 @@ class Service:
             return JsonResponse(answer.whole(chunks, job.tokens))
         events = _events(job, answer, chunks[0], asked.include_usage)
         return EventStream(events, partial(self.queue.drop, job))
-
-    def _prepare(self, asked: Generation) -> tuple[list[int], str]:
-        """The prompt's token ids, and its text where it is to be repeated.
-
-        A bad prompt is refused here, before it waits for its turn.
-        """
-        if asked.is_chat:
-            tokens = self.llm.apply_chat_template(asked.prompt, tools=asked.tools)
-        elif isinstance(asked.prompt, str):
-            tokens = self.llm.tokenize(asked.prompt)
-        else:
-            tokens = asked.prompt
-            self.llm.detokenize(tokens)  # an error when the model has no such tokens
-        room(len(tokens), asked.options.get("max_tokens"), self.llm.max_context)  # or an error
-        if not asked.echo:
-            return tokens, ""
-        text = asked.prompt if isinstance(asked.prompt, str) else self.llm.detokenize(tokens)
-        return tokens, text
-
-    def _start(self, asked: Generation, prompt_tokens: int) -> Generator[Chunk, None, None]:
-        """Begins the generation; in the model's thread."""
-        options = dict(asked.options)
-        if asked.is_chat:  # an answer goes on to its own end
-            options.setdefault("max_tokens", self.llm.max_context - prompt_tokens)
-        return self.llm.stream(asked.prompt, tools=asked.tools, **options)
 
     def _token_text(self, token: int) -> str:
         return self.llm.detokenize([token], skip_special=False)

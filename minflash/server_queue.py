@@ -16,26 +16,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from .chunk import NO_TOKEN, Chunk
 from .server_errors import ApiError
 
-Start = Callable[[], Generator[Chunk, None, None]]
-
 
 class Job:
     """One generation, from the queue to its last chunk. Made in the event loop."""
 
     def __init__(
-        self, start: Start, prompt_tokens: int, interrupt: Callable[[], None] = lambda: None
+        self,
+        chunks: Generator[Chunk, None, None],
+        prompt_tokens: int,
+        cancelled: threading.Event | None = None,
     ) -> None:
-        """``start`` is called in the model's thread and returns the stream; ``interrupt`` stops
-        the generation that runs, also while it reads its prompt.
+        """``chunks`` has not begun; it will be read in the model's thread. ``cancelled`` is the
+        event that ends this generation and no other, also while it reads its prompt.
         """
         self.prompt_tokens = prompt_tokens
         self.tokens = 0  # made so far
         self.submitted = time.perf_counter()
         self.started = self.first = self.ended = 0.0  # 0: not yet
-        self._start, self._interrupt = start, interrupt
+        self._chunks = chunks
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()
-        self._cancelled = threading.Event()
+        self._cancelled = cancelled or threading.Event()
 
     @property
     def cancelled(self) -> bool:
@@ -44,8 +45,6 @@ class Job:
     def cancel(self) -> None:
         """Stops the generation after the token it is at, or before it has begun."""
         self._cancelled.set()
-        if self.started and not self.ended:
-            self._interrupt()
 
     def __aiter__(self) -> Job:
         """The chunks as they come, for one reader; raises what the generation raised."""
@@ -72,8 +71,8 @@ class Job:
             self.post(None)
 
     def _generate(self) -> None:
-        with contextlib.closing(self._start()) as stream:
-            for chunk in stream:
+        with contextlib.closing(self._chunks):
+            for chunk in self._chunks:
                 self.first = self.first or time.perf_counter()
                 self.tokens += chunk.token != NO_TOKEN
                 self.post(chunk)

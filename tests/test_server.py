@@ -280,14 +280,19 @@ def test_client_sees_errors_as_its_own(client: openai.OpenAI) -> None:
 def test_a_bug_is_an_error_without_details(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    def broken(*args: Any, **options: Any) -> Any:
+    def fails(*args: Any) -> Any:
         raise KeyError("secret")
 
-    monkeypatch.setattr(server.service.llm, "stream", broken, raising=False)
-    for stream in (False, True):
-        answer = server.post(CHAT, {"messages": MESSAGES, "stream": stream})
-        assert error_of(answer)[0] == 500 and "secret" not in str(answer[2])
-    assert "secret" in caplog.text
+    def fails_later(*args: Any) -> Any:
+        yield from fails()
+
+    for broken in (fails, fails_later):
+        monkeypatch.setattr(server.service.llm, "_start", broken)
+        for stream in (False, True):
+            answer = server.post(CHAT, {"messages": MESSAGES, "stream": stream})
+            assert error_of(answer)[0] == 500 and "secret" not in str(answer[2])
+        assert "secret" in caplog.text
+        caplog.clear()
     monkeypatch.undo()
     assert server.post(CHAT, {"messages": MESSAGES, "max_tokens": 1})[0] == 200
 

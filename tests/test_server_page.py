@@ -25,8 +25,11 @@ ENTER, ESCAPE = "\ue007", "\ue00c"
 class Says(PacedLLM):
     """A model that says one thing, first what a page must not take for HTML."""
 
-    def stream(self, prompt: Any, **options: Any) -> Generator[Chunk, None, None]:
-        for number, chunk in enumerate(super().stream(prompt, **{**options, "ignore_eos": True})):
+    def _start(self, prompt: Any, tools: Any, options: Any, cancelled: Any) -> Any:
+        return self._says(super()._start(prompt, tools, {**options, "ignore_eos": True}, cancelled))
+
+    def _says(self, chunks: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
+        for number, chunk in enumerate(chunks):
             yield dataclasses.replace(chunk, text=EVIL if number == 0 else f"word{number} ")
 
 

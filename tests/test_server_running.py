@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +120,23 @@ def test_disconnect_cancels(llm: minflash.LLM, stream: bool) -> None:
         until(lambda: not server.service.queue.running)
         assert paced.produced <= produced + 2
         assert "minflash_generations_cancelled_total 1\n" in server.get("/metrics")[2]
+        assert server.post(CHAT, {"messages": MESSAGES, "max_tokens": 1})[0] == 200
+
+
+def test_leaving_ends_nobody_elses_generation(llm: minflash.LLM) -> None:
+    """A program streams from the LLM that it also serves, and a client leaves while it waits."""
+    options: Any = {"max_tokens": 30, "ignore_eos": True}
+    expected = [chunk.token for chunk in llm.stream("Once", **options)]
+    with running(llm) as server:
+        own = llm.stream("Once", **options)
+        said = [next(own)]
+        plain = send_raw(server, {"messages": MESSAGES, "max_tokens": 300, "ignore_eos": True})
+        until(lambda: server.service.queue.running)
+        plain.close()
+        until(lambda: not server.service.queue.running)
+        said += own
+        assert [chunk.token for chunk in said] == expected
+        assert said[-1].finish_reason == "length"
         assert server.post(CHAT, {"messages": MESSAGES, "max_tokens": 1})[0] == 200
 
 
@@ -267,9 +285,9 @@ def test_shutdown_stops_what_takes_too_long(llm: minflash.LLM) -> None:
 
     async def scene() -> None:
         queue = ModelQueue(4)
-        jobs = [
-            Job(lambda: paced.stream("a", max_tokens=400, ignore_eos=True), 1) for _ in range(2)
-        ]
+        options = {"max_tokens": 400, "ignore_eos": True}
+        stop = threading.Event(), threading.Event()
+        jobs = [Job(paced._start("a", None, options, event), 1, event) for event in stop]
         for job in jobs:
             queue.submit(job)
         await anext(jobs[0])

@@ -38,8 +38,12 @@ class PacedLLM:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
-    def stream(self, prompt: Any, **options: Any) -> Generator[Chunk, None, None]:
-        with contextlib.closing(self._llm.stream(prompt, **options)) as chunks:
+    def _start(self, *asked: Any) -> Generator[Chunk, None, None]:
+        """Checks as the model does at the call."""
+        return self._paced(self._llm._start(*asked))
+
+    def _paced(self, chunks: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
+        with contextlib.closing(chunks):
             for chunk in chunks:
                 time.sleep(self.delay)
                 assert self.gate.wait(20)
