@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let pages of this origin ask; * is all (may be repeated; default: none)",
     )
     add(
+        "--allow-host",
+        action="append",
+        metavar="NAME",
+        help="answer to this host name too, where clients of this machine, as a proxy, send it; "
+        "* is all (may be repeated; default: localhost only)",
+    )
+    add(
         "--max-request-bytes",
         type=int,
         default=4 << 20,
@@ -70,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         api_key=args.api_key or os.environ.get("MINFLASH_API_KEY") or None,
         queue=args.queue,
         cors=tuple(args.cors or ()),
+        hosts=tuple(args.allow_host or ()),
         max_request_bytes=args.max_request_bytes,
     )
     with (

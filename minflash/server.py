@@ -24,6 +24,7 @@ from .server_errors import ApiError, Body, api_error
 from .server_http import (
     EventStream,
     JsonResponse,
+    check_host,
     check_key,
     error_response,
     read_json,
@@ -58,6 +59,7 @@ class Settings:
     api_key: str | None = None  # None: everybody may ask
     queue: int = 16  # requests that may wait beside the running one
     cors: tuple[str, ...] = ()  # origins whose pages may ask; "*": all
+    hosts: tuple[str, ...] = ()  # names beside localhost that this machine is asked by; "*": all
     max_request_bytes: int = 4 << 20
 
 
@@ -137,6 +139,7 @@ class Service:
     async def _respond(self, path: str, handler: Handler, open: bool, request: Request) -> Response:
         """The handler's response, or that of its error; counted."""
         try:
+            check_host(request, self.settings.hosts)
             if not open:
                 check_key(request, self.settings.api_key)
             response = await handler(request)

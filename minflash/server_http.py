@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import re
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -45,10 +47,37 @@ def check_key(request: Request, key: str | None) -> None:
         )
 
 
+def check_host(request: Request, allowed: Collection[str]) -> None:
+    """Raises ApiError when a connection within this machine was meant for a name elsewhere.
+
+    Whoever owns a name can let it lead to 127.0.0.1. A browser then takes this server for the site
+    of their page, and lets the page ask and read (DNS rebinding).
+    """
+    address = request.scope.get("server") or ("", None)
+    if not _is_loopback(address[0]) or "*" in allowed:
+        return
+    host = request.headers.get("host", "")
+    name = re.sub(r":[0-9]*$", "", host).strip("[]").lower()
+    if name != "localhost" and not _is_loopback(name) and name not in map(str.lower, allowed):
+        raise ApiError(
+            403,
+            f"this server answers to localhost and 127.0.0.1, not to the host {host!r:.100}; "
+            "start it with --allow-host NAME if that is a name of this machine",
+            code="host_not_allowed",
+        )
+
+
+def _is_loopback(address: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback
+    return False
+
+
 async def read_json(request: Request, limit: int) -> Body:
     """The body as a JSON object. Raises ApiError: 413 above ``limit`` bytes, 415, 400."""
     # A page of another site can send other types here without asking; JSON makes a browser ask.
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    media_type = request.headers.get("content-type", "").partition(";")[0]
+    if media_type.strip().lower() != "application/json":
         raise ApiError(415, "send JSON, with the header Content-Type: application/json")
     data = await _read(request, limit)
     try:

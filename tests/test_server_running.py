@@ -78,7 +78,7 @@ def test_size_limit(llm: minflash.LLM) -> None:
         assert error_of(server.post(CHAT, long))[::2] == (413, "request_too_large")
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
             plain.sendall(
-                b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Transfer-Encoding: chunked\r\n\r\n" + b"200\r\n" + b" " * 512 + b"\r\n"
             )
             plain.sendall(b"200\r\n" + b" " * 512 + b"\r\n")  # and no end
@@ -161,7 +161,7 @@ def send_raw(server: Server, body: Any) -> socket.socket:
     """Sends a chat request and returns the connection, so that the test can drop it."""
     data = json.dumps(body).encode()
     plain = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
     plain.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
     return plain
 
