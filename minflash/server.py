@@ -30,7 +30,6 @@ from .server_http import (
     read_json,
     unless_gone,
 )
-from .server_messages import parse_messages
 from .server_metrics import CONTENT_TYPE, Metrics
 from .server_page import load_page
 from .server_protocol import (
@@ -38,7 +37,7 @@ from .server_protocol import (
     check_fields,
     parse_chat,
     parse_completion,
-    text_field,
+    parse_tokenize,
 )
 from .server_queue import Job, ModelQueue
 from .server_work import prepare
@@ -117,13 +116,12 @@ class Service:
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request)
-        check_fields(body, ("model", "prompt", "messages", "add_special_tokens"))
+        asked, special = parse_tokenize(body)
         self._check_model(body.get("model"))
-        if "messages" in body:
-            work = partial(self.llm.apply_chat_template, parse_messages(body["messages"]))
+        if isinstance(asked, str):
+            work = partial(self.llm.tokenize, asked, add_bos=special)
         else:
-            add_bos = body.get("add_special_tokens", True) is not False
-            work = partial(self.llm.tokenize, text_field(body, "prompt"), add_bos=add_bos)
+            work = partial(self.llm.apply_chat_template, asked)
         tokens = await asyncio.to_thread(work)
         limit = self.llm.max_context
         return JsonResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limit})

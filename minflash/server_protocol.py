@@ -103,6 +103,26 @@ def parse_completion(body: Body) -> Generation:
     )
 
 
+def parse_tokenize(body: Body) -> tuple[str | list[Body], bool]:
+    """The body of POST /tokenize: a text or messages, and whether special tokens are put before
+    the text. Raises ApiError.
+    """
+    check_fields(body, ("model", "prompt", "messages", "add_special_tokens"))
+    fields = {name: value for name, value in body.items() if value is not None}
+    if "messages" not in fields:
+        special = "add_special_tokens" not in fields or _flag(fields, "add_special_tokens")
+        return text_field(fields, "prompt"), special
+    if "prompt" in fields:
+        raise invalid("prompt", "prompt and messages exclude each other; give one of them")
+    if "add_special_tokens" in fields:
+        raise invalid(
+            "add_special_tokens",
+            "add_special_tokens goes with a prompt; for messages the chat template decides: "
+            "leave it out",
+        )
+    return parse_messages(fields["messages"]), False
+
+
 def text_field(body: Body, name: str) -> str:
     """A field that must be there and be text. Raises ApiError."""
     value = body.get(name)

@@ -66,6 +66,32 @@ def test_without_llguidance_a_form_is_unsupported(
         assert "pip install" in answer[2]["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "Hi", "messages": MESSAGES}, "prompt"),
+        ({"messages": MESSAGES, "add_special_tokens": False}, "add_special_tokens"),
+        ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
+        ({"prompt": "Hi", "add_special_tokens": "no"}, "add_special_tokens"),
+        ({"prompt": "Hi", "add_special_tokens": 0}, "add_special_tokens"),
+        ({"prompt": 5}, "prompt"),
+        ({}, "prompt"),
+    ],
+)
+def test_tokenize_ignores_nothing(server: Server, fields: Any, param: str) -> None:
+    assert error_of(server.post("/tokenize", fields)) == (400, param, "invalid_value")
+
+
+def test_tokenize_without_special_tokens(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        server.service.llm, "tokenize", lambda text, add_bos: [asked.append(add_bos)]
+    )
+    for value in (True, False, None):
+        server.post("/tokenize", {"prompt": "Hi", "messages": None, "add_special_tokens": value})
+    assert asked == [True, False, True]
+
+
 def test_media_types_are_case_insensitive(server: Server) -> None:
     for media_type in ("Application/JSON", "application/JSON ; charset=UTF-8"):
         headers = {"Content-Type": media_type}
