@@ -41,6 +41,7 @@ from .server_protocol import (
 )
 from .server_queue import Job, ModelQueue
 from .server_work import prepare
+from .tool_calls import CallReader
 
 if TYPE_CHECKING:
     from .chunk import Chunk
@@ -177,8 +178,10 @@ class Service:
         self.queue.check_room()  # before any work
         cancelled = threading.Event()
         work = await asyncio.to_thread(prepare, self.llm, asked, cancelled)
+        names = asked.tools.names
+        reader = CallReader(names, self._special_text) if names else None
         answer = Answer(
-            self.model, asked.is_chat, work.prompt_tokens, work.before, self._token_text
+            self.model, asked.is_chat, work.prompt_tokens, work.before, self._token_text, reader
         )
         job = Job(work.chunks, work.prompt_tokens, cancelled)
         self.queue.submit(job)
@@ -196,6 +199,9 @@ class Service:
 
     def _token_text(self, token: int) -> str:
         return self.llm.detokenize([token], skip_special=False)
+
+    def _special_text(self, token: int) -> str:
+        return "" if self.llm.detokenize([token]) else self._token_text(token)
 
     def _ended(self, job: Job) -> None:
         """Counts a job that has left the queue."""

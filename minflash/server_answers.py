@@ -11,26 +11,32 @@ from typing import Any
 
 from .chunk import Chunk, Stats
 from .server_errors import Body
+from .tool_calls import Call, CallReader
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
-    """What the answers to one request share."""
+    """One answer, as a whole or as the events of a stream."""
 
     model: str
     chat: bool
     prompt_tokens: int
     before: str = ""  # the prompt's text, where a completion is to repeat it
     token_text: Callable[[int], str] = str  # for log-probabilities
+    reader: CallReader | None = None  # where functions may be called
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, chunks: list[Chunk], tokens: int) -> Body:
         """The answer in one piece; ``chunks`` are all of its chunks, with so many tokens."""
-        text = self.before + "".join(chunk.text for chunk in chunks)
-        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        said = [self._read(chunk) for chunk in chunks]
+        text = self.before + "".join(text for text, _ in said)
+        calls = [call for _, found in said for call in found]
         last = chunks[-1]
-        choice = {**self._choice(said, chunks), "finish_reason": last.finish_reason}
+        choice = {
+            **self._choice(self._message(text, calls) if self.chat else {"text": text}, chunks),
+            "finish_reason": self._finish_reason(last),
+        }
         name = "chat.completion" if self.chat else "text_completion"
         usage = self.usage(tokens, last.stats)
         return {**self._head(name), "choices": [choice], **usage}
@@ -43,11 +49,17 @@ class Answer:
 
     def event(self, chunk: Chunk) -> Body | None:
         """The event of a chunk; None when there is nothing to tell yet."""
-        if not chunk.text and chunk.finish_reason is None and chunk.logprob is None:
+        text, calls = self._read(chunk)
+        if not (text or calls) and chunk.finish_reason is None and chunk.logprob is None:
             return None
-        delta = {"content": chunk.text} if chunk.text else {}
-        said: Body = {"delta": delta} if self.chat else {"text": chunk.text}
-        return self._event(said, chunk.finish_reason, [chunk])
+        delta: Body = {"content": text} if text else {}
+        if self.reader is not None and calls:
+            first = self.reader.found - len(calls)
+            delta["tool_calls"] = [
+                {"index": number, **_tool_call(call)} for number, call in enumerate(calls, first)
+            ]
+        said = {"delta": delta} if self.chat else {"text": text}
+        return self._event(said, self._finish_reason(chunk), [chunk])
 
     def closing(self, tokens: int, stats: Stats | None) -> Body:
         """The event with the usage, which comes last."""
@@ -68,6 +80,20 @@ class Answer:
             "time_to_first_token": round(stats.time_to_first_token, 6),
         }
         return {"usage": usage, "stats": speed}
+
+    def _read(self, chunk: Chunk) -> tuple[str, list[Call]]:
+        """What a chunk makes certain. For each chunk once, in their order."""
+        return self.reader.read(chunk) if self.reader else (chunk.text, [])
+
+    def _message(self, text: str, calls: list[Call]) -> Body:
+        if not calls:
+            return {"message": {"role": "assistant", "content": text}}
+        found = {"content": text or None, "tool_calls": [_tool_call(call) for call in calls]}
+        return {"message": {"role": "assistant", **found}}
+
+    def _finish_reason(self, chunk: Chunk) -> str | None:
+        called = self.reader is not None and self.reader.found
+        return "tool_calls" if called and chunk.finish_reason == "stop" else chunk.finish_reason
 
     @property
     def _event_name(self) -> str:
@@ -119,6 +145,11 @@ class Answer:
             "created": self.created,
             "model": self.model,
         }
+
+
+def _tool_call(call: Call) -> Body:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def to_json(value: Any) -> bytes:

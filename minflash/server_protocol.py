@@ -16,6 +16,7 @@ from .arguments import parse
 from .errors import MinflashError
 from .server_errors import ApiError, Body, invalid, unsupported, wrong
 from .server_messages import parse_messages
+from .server_tools import Tools, parse_tools
 
 # Without effect on the answer.
 _HARMLESS = frozenset(
@@ -39,7 +40,7 @@ _REFUSED = {
     "best_of": "one request makes one answer: leave it out",
     "suffix": "the model writes what follows a prompt, not what lies between: leave it out",
     "modalities": "the model writes text only",
-    "parallel_tool_calls": "tool calls are part of the model's text here: leave it out",
+    "parallel_tool_calls": "the model decides how many calls it makes: leave it out",
     "functions": "it is called tools now",
     "function_call": "it is called tool_choice now",
 }
@@ -60,7 +61,7 @@ class Generation:
     prompt: Any  # str, token ids, or messages
     model: str | None
     options: Body = field(default_factory=dict)  # of LLM.stream
-    tools: Sequence[Any] | None = None
+    tools: Tools = field(default_factory=Tools)
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
@@ -82,7 +83,7 @@ def parse_chat(body: Body) -> Generation:
         fields["max_tokens"] = fields.pop("max_completion_tokens")
     return Generation(
         prompt=parse_messages(fields.pop("messages", None)),
-        tools=_tools(fields),
+        tools=parse_tools(fields),
         options=_options(fields, _chat_logprobs(fields)),
         **_shape(fields),
     )
@@ -204,19 +205,6 @@ def _chat_logprobs(fields: Body) -> int | None:
     if top is not None and (not isinstance(top, int) or isinstance(top, bool)):
         raise wrong("top_logprobs", "a whole number", top)
     return (top or 0) if wanted else None
-
-
-def _tools(fields: Body) -> list[Any] | None:
-    tools, choice = fields.pop("tools", None), fields.pop("tool_choice", "auto")
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    ):
-        raise wrong("tools", "a list of objects", tools)
-    if choice == "none":
-        return None
-    if choice != "auto":
-        raise unsupported("tool_choice", 'the model decides: "auto" or "none"')
-    return tools or None
 
 
 def _prompt(prompt: Any) -> str | list[int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .arguments import parse
 from .context import room
 from .errors import ArgumentError, MinflashError
-from .server_errors import api_error, blaming, unsupported
+from .server_errors import ApiError, api_error, blaming, unsupported
 from .server_protocol import Generation
 
 if TYPE_CHECKING:
@@ -45,24 +45,43 @@ def prepare(llm: LLM, asked: Generation, cancelled: threading.Event) -> Work:
     options = dict(asked.options)
     if asked.is_chat and "max_tokens" not in options:  # an answer goes on to its own end
         options["max_tokens"] = llm.max_context - len(tokens)
-    form = next((name for name in _FORMS if name in options), None)
+    if asked.tools.form is not None:
+        options["response_format"] = asked.tools.form
     try:
-        chunks = llm._start(asked.prompt, asked.tools, options, cancelled)
+        chunks = llm._start(asked.prompt, asked.tools.definitions, options, cancelled)
     except MinflashError as error:
-        if form is not None and not isinstance(error, ArgumentError):  # no llguidance
-            raise unsupported(form, str(error)) from error
-        raise api_error(error, form) from error
+        raise _form_error(asked, error) from error
     return Work(chunks, len(tokens), before)
+
+
+def _form_error(asked: Generation, error: MinflashError) -> ApiError:
+    """All else was checked before: what remains is the form that was asked for."""
+    form = next((name for name in _FORMS if name in asked.options), None)
+    if asked.tools.form is not None:  # of our own making, from the functions' parameters
+        form = "tools"
+    if form is not None and not isinstance(error, ArgumentError):  # no llguidance
+        return unsupported(form, str(error))
+    return api_error(error, form)
 
 
 def _tokens(llm: LLM, asked: Generation) -> list[int]:
     if asked.is_chat:
-        return llm.apply_chat_template(asked.prompt, tools=asked.tools)
+        return _chat_tokens(llm, asked)
     if isinstance(asked.prompt, str):
         return llm.tokenize(asked.prompt)
     llm.detokenize(asked.prompt)  # an error when the model has no such tokens
     tokens: list[int] = asked.prompt
     return tokens
+
+
+def _chat_tokens(llm: LLM, asked: Generation) -> list[int]:
+    try:
+        return llm.apply_chat_template(asked.prompt, tools=asked.tools.definitions)
+    except ArgumentError as error:
+        if asked.tools.definitions is None:
+            raise
+        llm.apply_chat_template(asked.prompt)  # raises where the messages are at fault
+        raise api_error(error, "tools") from error
 
 
 def _repeated(llm: LLM, asked: Generation, tokens: list[int]) -> str:

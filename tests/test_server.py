@@ -16,7 +16,6 @@ from web_server import (
     MESSAGES,
     TINY,
     Server,
-    connect,
     error_of,
     running,
 )
@@ -215,7 +214,6 @@ def test_harmless_fields_are_accepted(client: openai.OpenAI) -> None:
         (CHAT, {"min_tokens": False}, "min_tokens", "invalid_value"),
         (CHAT, {"logprobs": True, "top_logprobs": False}, "top_logprobs", "invalid_value"),
         (COMPLETIONS, {"best_of": True}, "best_of", "unsupported_parameter"),
-        (CHAT, {"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
         (CHAT, {"tools": "all"}, "tools", "invalid_value"),
         (CHAT, {"temperature": -1}, "temperature", "invalid_value"),
         (CHAT, {"temperature": "hot"}, "temperature", "invalid_value"),
@@ -295,29 +293,6 @@ def test_a_bug_is_an_error_without_details(
         caplog.clear()
     monkeypatch.undo()
     assert server.post(CHAT, {"messages": MESSAGES, "max_tokens": 1})[0] == 200
-
-
-def test_tools_reach_the_template(tmp_path: Path) -> None:
-    folder = tmp_path / "tools"
-    shutil.copytree(TINY, folder)
-    (folder / "chat_template.jinja").write_text(
-        "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}{% for m in messages %}"
-        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %}"
-        "{% endfor %}"
-    )
-    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": {}}}
-    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"x":7}'}}
-    messages: Any = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    with (
-        minflash.load(folder, device="cpu") as llm,
-        running(llm) as server,
-        connect(server) as client,
-    ):
-        answer = client.chat.completions.create(
-            model="tools", messages=messages, tools=[tool], max_tokens=1
-        )
-        assert answer.usage is not None
-        assert answer.usage.prompt_tokens == len(llm.tokenize("weather;Hello7"))
 
 
 def test_page(server: Server) -> None:

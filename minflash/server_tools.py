@@ -1,0 +1,109 @@
+"""``tools`` and ``tool_choice`` of a request: what may be called, and what must be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .server_errors import Body, invalid, wrong
+
+# For llguidance: one way to write a call, as models are used to. More spaces only cost tokens.
+_COMPACT = {"whitespace_pattern": "", "key_separator": ": ", "item_separator": ", "}
+# Options of a generation that do not go with an answer that must be a call.
+_EXCLUDED = ("response_format", "regex", "grammar", "ignore_eos", "min_tokens")
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The functions of a request."""
+
+    definitions: Sequence[Body] | None = None  # for the chat template
+    names: frozenset[str] = frozenset()  # calls of these are told from the text
+    form: Body | None = None  # the response_format of an answer that must be a call
+
+
+def parse_tools(fields: Body) -> Tools:
+    """Takes ``tools`` and ``tool_choice`` out of a request's fields. Raises ApiError."""
+    tools, choice = fields.pop("tools", None), fields.pop("tool_choice", "auto")
+    functions = _functions([] if tools is None else tools)
+    if choice == "none":
+        return Tools()
+    names = frozenset(functions)
+    if choice == "auto":
+        return Tools(tools or None, names)
+    chosen = _chosen(choice, functions)
+    for name in _EXCLUDED:
+        if fields.get(name):
+            raise invalid(
+                "tool_choice", f"{name} and a tool_choice that asks for a call exclude each other"
+            )
+    return Tools(tools, frozenset(chosen), _form(chosen))
+
+
+def _functions(tools: Any) -> dict[str, Any]:
+    """The definitions by name."""
+    if not isinstance(tools, list):
+        raise wrong("tools", "a list", tools)
+    named = {}
+    for number, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            rule = 'an object {"type": "function", "function": {"name": ...}}'
+            raise wrong(f"tools[{number}]", rule, tool)
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise wrong(
+                f"tools[{number}].function.parameters", "a JSON schema", function["parameters"]
+            )
+        named[function["name"]] = function
+    return named
+
+
+def _chosen(choice: Any, functions: dict[str, Any]) -> dict[str, Any]:
+    """The functions of which one must be called."""
+    if not functions:
+        raise invalid("tool_choice", "tool_choice asks for a call and there are no tools")
+    if choice == "required":
+        return functions
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or name not in functions:
+        rule = '"auto", "none", "required" or {"type": "function", "function": {"name": one of '
+        raise wrong("tool_choice", f"{rule}{', '.join(functions)}}}}}", choice)
+    return {name: functions[name]}
+
+
+def _form(functions: dict[str, Any]) -> Body:
+    """The JSON of one call, as a response_format."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": _arguments(function, number)},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for number, (name, function) in enumerate(functions.items())
+    ]
+    schema = {"anyOf": calls, "x-guidance": _COMPACT}
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
+
+
+def _arguments(function: Body, number: int) -> Body:
+    schema = function.get("parameters")
+    if not schema:  # a function without parameters
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    moved: Body = _moved(schema, f"#/anyOf/{number}/properties/arguments")
+    return {"type": "object", **moved}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema with its references to itself, for its place in a larger one."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    reference = moved.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
+    return moved

@@ -1,0 +1,138 @@
+"""Calls of functions, read from the text of an answer.
+
+Models write them in the way that they were trained with. Three ways are known here:
+
+- ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``: Hermes, Qwen, SmolLM; also several
+- ``[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`` to the end of the answer: Mistral
+- ``{"name": ..., "parameters": {...}}``, the whole answer, or what follows ``<|python_tag|>``:
+  Llama 3
+
+Whatever does not name one of the functions that were offered, or is no JSON, stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from .chunk import NO_TOKEN, Chunk
+
+_OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+_CLOSING = "</tool_call>"
+# Spaces before a call belong to it: an answer that is nothing but a call has no text.
+_OPENING = re.compile(rf"\s*({'|'.join(map(re.escape, _OPENINGS))})")
+_BEGINNINGS = [mark[:end] for mark in _OPENINGS for end in range(len(mark) - 1, 0, -1)]
+_MAYBE = re.compile(rf"\s*(?:{'|'.join(map(re.escape, _BEGINNINGS))})?\Z")
+_BETWEEN = re.compile(r"[\s;,]*")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function and its arguments, which are the text of a JSON object."""
+
+    name: str
+    arguments: str
+    # Nine letters and digits: Mistral's templates take no other id back.
+    id: str = field(default_factory=lambda: secrets.token_hex(5)[:9])
+
+
+class CallReader:
+    """Takes the calls out of one answer while it comes; text passes as soon as it is certain."""
+
+    def __init__(self, names: Collection[str], special_text: Callable[[int], str]) -> None:
+        """names: functions that may be called. special_text: of a special token, "" of others."""
+        self.found = 0  # calls
+        self._names, self._special_text = names, special_text
+        self._hidden: set[str] = set()  # marks that came as special tokens, which are no text
+        self._held = ""  # may be a call, or the beginning of one
+        self._begun = False  # something else than spaces has come before
+
+    def read(self, chunk: Chunk) -> tuple[str, list[Call]]:
+        """The text and the calls that a chunk of the answer makes certain."""
+        self._held += self._mark(chunk) + chunk.text
+        text, calls, final = "", list[Call](), chunk.finish_reason is not None
+        while self._held:
+            text += self._take(self._begin())
+            end = self._end(final)
+            if end is None:
+                break
+            found = _calls(self._held[:end], self._names)
+            block = self._take(end)
+            text, calls = text + ("" if found else block), calls + found
+        self.found += len(calls)
+        return text, calls
+
+    def _begin(self) -> int:
+        """Where in ``_held`` a call begins, or may begin."""
+        if not self._begun and self._held.lstrip().startswith("{"):
+            return 0
+        found = _OPENING.search(self._held) or _MAYBE.search(self._held)
+        return found.start() if found else len(self._held)
+
+    def _end(self, final: bool) -> int | None:
+        """Where the call ends that may stand at the beginning of ``_held``; None: not yet here."""
+        opening = _OPENING.match(self._held)
+        if opening and opening[1] == "<tool_call>" and _CLOSING in self._held:
+            return self._held.index(_CLOSING) + len(_CLOSING)
+        return len(self._held) if final else None
+
+    def _take(self, end: int) -> str:
+        """Takes so many characters out of ``_held``; gives them as text."""
+        text, self._held = self._held[:end], self._held[end:]
+        self._begun = self._begun or bool(text)
+        for mark in self._hidden:
+            text = text.replace(mark, "")
+        return text
+
+    def _mark(self, chunk: Chunk) -> str:
+        """The mark that came as a special token: a chunk's text leaves those out."""
+        if chunk.text or chunk.token == NO_TOKEN:
+            return ""
+        mark = self._special_text(chunk.token)
+        if mark not in (*_OPENINGS, _CLOSING):
+            return ""
+        self._hidden.add(mark)
+        return mark
+
+
+def _calls(block: str, names: Collection[str]) -> list[Call]:
+    """The calls of a block with its marks; none unless all of it is calls of these functions."""
+    opening = _OPENING.match(block)
+    body = block[opening.end() if opening else 0 :].strip().removesuffix(_CLOSING)
+    try:
+        calls = [_call(value, names) for value in _values(body)]
+    except (ValueError, RecursionError):
+        return []
+    return [call for call in calls if call] if all(calls) else []
+
+
+def _values(text: str) -> list[Any]:
+    """The JSON values that follow each other in ``text``, those of lists one by one."""
+    values: list[Any] = []
+    place = 0
+    while (place := _place_after_spaces(text, place)) < len(text):
+        value, place = json.JSONDecoder().raw_decode(text, place)
+        values += value if isinstance(value, list) else [value]
+    return values
+
+
+def _place_after_spaces(text: str, place: int) -> int:
+    found = _BETWEEN.match(text, place)
+    return found.end() if found else place
+
+
+def _call(value: Any, names: Collection[str]) -> Call | None:
+    """Raises ValueError for arguments that are not JSON."""
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in names:
+        return None
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):  # JSON in JSON, as some models write it
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, dict):
+        return None
+    return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
