@@ -40,7 +40,7 @@ from .server_protocol import (
     parse_tokenize,
 )
 from .server_queue import Job, ModelQueue
-from .server_work import prepare
+from .server_work import Work, prepare
 from .tool_calls import CallReader
 
 if TYPE_CHECKING:
@@ -178,11 +178,7 @@ class Service:
         self.queue.check_room()  # before any work
         cancelled = threading.Event()
         work = await asyncio.to_thread(prepare, self.llm, asked, cancelled)
-        names = asked.tools.names
-        reader = CallReader(names, self._special_text) if names else None
-        answer = Answer(
-            self.model, asked.is_chat, work.prompt_tokens, work.before, self._token_text, reader
-        )
+        answer = self._answer(asked, work)
         job = Job(work.chunks, work.prompt_tokens, cancelled)
         self.queue.submit(job)
         try:
@@ -196,6 +192,19 @@ class Service:
             return JsonResponse(answer.whole(chunks, job.tokens))
         events = _events(job, answer, chunks[0], asked.include_usage)
         return EventStream(events, partial(self.queue.drop, job))
+
+    def _answer(self, asked: Generation, work: Work) -> Answer:
+        names = asked.tools.names
+        return Answer(
+            self.model,
+            asked.is_chat,
+            work.prompt_tokens,
+            before=work.before,
+            token_text=self._token_text,
+            reader=CallReader(names, self._special_text) if names else None,
+            logprobs="logprobs" in asked.options,
+            prompt=work.prompt,
+        )
 
     def _token_text(self, token: int) -> str:
         return self.llm.detokenize([token], skip_special=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .chunk import Chunk, Stats
+from .chunk import NO_TOKEN, Chunk, Stats
 from .server_errors import Body
 from .tool_calls import Call, CallReader
 
@@ -24,8 +24,11 @@ class Answer:
     before: str = ""  # the prompt's text, where a completion is to repeat it
     token_text: Callable[[int], str] = str  # for log-probabilities
     reader: CallReader | None = None  # where functions may be called
+    logprobs: bool = False  # log-probabilities are asked for
+    prompt: Sequence[Chunk] = ()  # of a repeated prompt, where they are
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
+    _offset: int = 0  # characters of the text before the next token with a log-probability
 
     def whole(self, chunks: list[Chunk], tokens: int) -> Body:
         """The answer in one piece; ``chunks`` are all of its chunks, with so many tokens."""
@@ -34,7 +37,7 @@ class Answer:
         calls = [call for _, found in said for call in found]
         last = chunks[-1]
         choice = {
-            **self._choice(self._message(text, calls) if self.chat else {"text": text}, chunks),
+            **self._choice(self._message(text, calls), [*self.prompt, *chunks]),
             "finish_reason": self._finish_reason(last),
         }
         name = "chat.completion" if self.chat else "text_completion"
@@ -45,7 +48,9 @@ class Answer:
         """The first event: the role in a chat, the repeated prompt in a completion."""
         if self.chat:
             return self._event({"delta": {"role": "assistant", "content": ""}})
-        return self._event({"text": self.before}) if self.before else None
+        if not (self.before or self.prompt):
+            return None
+        return self._event({"text": self.before}, None, self.prompt)
 
     def event(self, chunk: Chunk) -> Body | None:
         """The event of a chunk; None when there is nothing to tell yet."""
@@ -86,6 +91,8 @@ class Answer:
         return self.reader.read(chunk) if self.reader else (chunk.text, [])
 
     def _message(self, text: str, calls: list[Call]) -> Body:
+        if not self.chat:
+            return {"text": text}
         if not calls:
             return {"message": {"role": "assistant", "content": text}}
         found = {"content": text or None, "tool_calls": [_tool_call(call) for call in calls]}
@@ -110,28 +117,37 @@ class Answer:
 
     def _logprobs(self, chunks: Sequence[Chunk]) -> Body | None:
         """Log-probabilities of the tokens, where they were asked for."""
-        tokens = [
-            (chunk.token, chunk.logprob, chunk.top_logprobs or ())
-            for chunk in chunks
-            if chunk.logprob is not None
-        ]
-        if not tokens:
+        told = [chunk for chunk in chunks if self.logprobs and chunk.token != NO_TOKEN]
+        if not told:
             return None
-        if self.chat:
-            content = [
-                {**self._token(token, value), "top_logprobs": [self._token(*one) for one in top]}
-                for token, value, top in tokens
-            ]
-            return {"content": content, "refusal": None}
+        if not self.chat:
+            return self._of_completion(told)
+        return {"content": [self._of_chat(chunk) for chunk in told], "refusal": None}
+
+    def _of_chat(self, chunk: Chunk) -> Body:
+        top = [self._token(*one) for one in chunk.top_logprobs or ()]
+        return {**self._token(chunk.token, chunk.logprob), "top_logprobs": top}
+
+    def _of_completion(self, chunks: Sequence[Chunk]) -> Body:
+        offsets = []
+        for chunk in chunks:
+            offsets.append(self._offset)
+            self._offset += len(chunk.text)
         return {
-            "tokens": [self.token_text(token) for token, _, _ in tokens],
-            "token_logprobs": [value for _, value, _ in tokens],
-            "top_logprobs": [
-                {self.token_text(token): value for token, value in top} for _, _, top in tokens
-            ],
+            "tokens": [self.token_text(chunk.token) for chunk in chunks],
+            "token_logprobs": [chunk.logprob for chunk in chunks],
+            "top_logprobs": [self._alternatives(chunk) for chunk in chunks],
+            "text_offset": offsets,
         }
 
-    def _token(self, token: int, logprob: float) -> Body:
+    def _alternatives(self, chunk: Chunk) -> dict[str, float] | None:
+        """By text; of tokens with the same text, as parts of characters, the likeliest counts."""
+        if chunk.logprob is None:  # the first token of a prompt
+            return None
+        likeliest_last = reversed(chunk.top_logprobs or ())
+        return {self.token_text(token): value for token, value in likeliest_last}
+
+    def _token(self, token: int, logprob: float | None) -> Body:
         text = self.token_text(token)
         # A token may be a part of a character, which is no text and whose bytes are not known here.
         whole = "\ufffd" not in text

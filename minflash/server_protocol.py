@@ -65,6 +65,7 @@ class Generation:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    generates: bool = True  # False: an answer of no tokens, for the prompt's log-probabilities
 
     @property
     def is_chat(self) -> bool:
@@ -94,11 +95,13 @@ def parse_completion(body: Body) -> Generation:
     fields = _known(body, _COMPLETION)
     logprobs = fields.pop("logprobs", None)
     echo = _flag(fields, "echo")
-    if echo and logprobs is not None:
-        raise unsupported("echo", "log-probabilities of the prompt are not given: leave out one")
+    nothing = echo and fields.get("max_tokens") == 0 and type(fields["max_tokens"]) is int
+    if nothing:  # the library knows no answer without a token
+        del fields["max_tokens"]
     return Generation(
         prompt=_prompt(fields.pop("prompt", None)),
         echo=echo,
+        generates=not nothing,
         options=_options(fields, logprobs),
         **_shape(fields),
     )
