@@ -36,7 +36,8 @@ def parse_tools(fields: Body) -> Tools:
     for name in _EXCLUDED:
         if fields.get(name):
             raise invalid(
-                "tool_choice", f"{name} and a tool_choice that asks for a call exclude each other"
+                "tool_choice",
+                f"{name} and a tool_choice that asks for a call exclude each other; leave one out",
             )
     return Tools(tools, frozenset(chosen), _form(chosen))
 
@@ -62,7 +63,9 @@ def _functions(tools: Any) -> dict[str, Any]:
 def _chosen(choice: Any, functions: dict[str, Any]) -> dict[str, Any]:
     """The functions of which one must be called."""
     if not functions:
-        raise invalid("tool_choice", "tool_choice asks for a call and there are no tools")
+        raise invalid(
+            "tool_choice", "tool_choice asks for a call and there are no tools; give some"
+        )
     if choice == "required":
         return functions
     function = choice.get("function") if isinstance(choice, dict) else None

@@ -23,11 +23,9 @@ from .chunk import NO_TOKEN, Chunk
 
 _OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 _CLOSING = "</tool_call>"
-# Spaces before a call belong to it: an answer that is nothing but a call has no text.
-_OPENING = re.compile(rf"\s*({'|'.join(map(re.escape, _OPENINGS))})")
+_MARK = re.compile("|".join(map(re.escape, _OPENINGS)))
 _BEGINNINGS = [mark[:end] for mark in _OPENINGS for end in range(len(mark) - 1, 0, -1)]
-_MAYBE = re.compile(rf"\s*(?:{'|'.join(map(re.escape, _BEGINNINGS))})?\Z")
-_BETWEEN = re.compile(r"[\s;,]*")
+_BEGUN_MARK = re.compile(rf"(?:{'|'.join(map(re.escape, _BEGINNINGS))})\Z")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,8 @@ class CallReader:
     def read(self, chunk: Chunk) -> tuple[str, list[Call]]:
         """The text and the calls that a chunk of the answer makes certain."""
         self._held += self._mark(chunk) + chunk.text
-        text, calls, final = "", list[Call](), chunk.finish_reason is not None
+        text, final = "", chunk.finish_reason is not None
+        calls: list[Call] = []
         while self._held:
             text += self._take(self._begin())
             end = self._end(final)
@@ -67,16 +66,18 @@ class CallReader:
         return text, calls
 
     def _begin(self) -> int:
-        """Where in ``_held`` a call begins, or may begin."""
+        """Where in ``_held`` a call begins, or may begin.
+
+        Spaces before it belong to it: an answer that is nothing but a call has no text.
+        """
         if not self._begun and self._held.lstrip().startswith("{"):
             return 0
-        found = _OPENING.search(self._held) or _MAYBE.search(self._held)
-        return found.start() if found else len(self._held)
+        found = _MARK.search(self._held) or _BEGUN_MARK.search(self._held)
+        return len(self._held[: found.start() if found else None].rstrip())
 
     def _end(self, final: bool) -> int | None:
         """Where the call ends that may stand at the beginning of ``_held``; None: not yet here."""
-        opening = _OPENING.match(self._held)
-        if opening and opening[1] == "<tool_call>" and _CLOSING in self._held:
+        if self._held.lstrip().startswith(_OPENINGS[0]) and _CLOSING in self._held:
             return self._held.index(_CLOSING) + len(_CLOSING)
         return len(self._held) if final else None
 
@@ -101,10 +102,10 @@ class CallReader:
 
 def _calls(block: str, names: Collection[str]) -> list[Call]:
     """The calls of a block with its marks; none unless all of it is calls of these functions."""
-    opening = _OPENING.match(block)
-    body = block[opening.end() if opening else 0 :].strip().removesuffix(_CLOSING)
+    body = block.strip().removesuffix(_CLOSING)
+    mark = _MARK.match(body)
     try:
-        calls = [_call(value, names) for value in _values(body)]
+        calls = [_call(value, names) for value in _values(body[mark.end() if mark else 0 :])]
     except (ValueError, RecursionError):
         return []
     return [call for call in calls if call] if all(calls) else []
@@ -113,16 +114,11 @@ def _calls(block: str, names: Collection[str]) -> list[Call]:
 def _values(text: str) -> list[Any]:
     """The JSON values that follow each other in ``text``, those of lists one by one."""
     values: list[Any] = []
-    place = 0
-    while (place := _place_after_spaces(text, place)) < len(text):
-        value, place = json.JSONDecoder().raw_decode(text, place)
+    while text := text.lstrip(" \t\r\n;,"):
+        value, end = json.JSONDecoder().raw_decode(text)
         values += value if isinstance(value, list) else [value]
+        text = text[end:]
     return values
-
-
-def _place_after_spaces(text: str, place: int) -> int:
-    found = _BETWEEN.match(text, place)
-    return found.end() if found else place
 
 
 def _call(value: Any, names: Collection[str]) -> Call | None:

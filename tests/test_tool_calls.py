@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -94,6 +95,16 @@ def test_calls_are_told_from_text(answer: str, text: str, calls: list[Any], size
 def test_all_else_stays_text_as_it_is(answer: str, size: int) -> None:
     if len(answer) < 1000 or size == 1000:
         assert read(answer, size, "length") == (answer, [])
+
+
+def test_spaces_without_end_take_no_time() -> None:
+    """A model that has gone astray may write them by the thousand."""
+    reader = CallReader(NAMES, lambda token: "")
+    begin = time.perf_counter()
+    for _ in range(2000):
+        assert reader.read(Chunk(" " * 16, 5)) == ("", [])
+    assert reader.read(Chunk("<tool", 5, finish_reason="length"))[0] == " " * 32000 + "<tool"
+    assert time.perf_counter() - begin < 5
 
 
 def test_text_passes_as_soon_as_it_is_certain() -> None:
