@@ -5,7 +5,6 @@
 
 namespace attention {
 constexpr int kChunkBlocks = kStageBytes / kBlockBytes;
-constexpr int kInFlight = int(kInFlightBytes) / (kChunkBlocks * kBlockBytes) < 2 ? 2 : int(kInFlightBytes) / (kChunkBlocks * kBlockBytes);
 static_assert(kChunkBlocks >= 1, "a stage must hold a block of 16 positions of K and V");
 
 struct Unit { int kv_head, row_tile, split; };
@@ -39,13 +38,13 @@ __device__ __forceinline__ Unit unit_of(const Plan<Map>& plan, int index) {
 // copy sees of them is finite and masked.
 template <class Map>
 __device__ void stream_past(Streamer<Map>& to, Deal& deal, const Plan<Map>& plan, const u8* cache, int max_blocks) {
-  static_assert(kInFlight < Map::kStages, "a stage cannot be filled twice");
+  constexpr int kChunkBytes = kChunkBlocks * kBlockBytes, kInFlight = copies_in_flight<Map>(kInFlightBytes, kChunkBytes);
   const Deal::Share share = deal.take(plan.units());
 #pragma unroll 1
   for (int i = 0; i < share.count; i++) {
     const Unit u = unit_of(plan, share.first + i * kGrid);
     const int begin = plan.split_begin(u.split), end = plan.split_begin(u.split + 1);
-    to.copy(cache + block_offset(u.kv_head, begin, max_blocks), (end - begin) * kBlockBytes, kChunkBlocks * kBlockBytes, kInFlight);
+    to.copy(cache + block_offset(u.kv_head, begin, max_blocks), (end - begin) * kBlockBytes, kChunkBytes, kInFlight);
   }
 }
 

@@ -51,12 +51,11 @@ struct Walk : ActivationsOf<Map, m> {
   static constexpr int kTeams = kGrid / kParts;
   static_assert(kGrid % kParts == 0, "teams are of one size");
   static __device__ __forceinline__ constexpr int chunks(int panel) { return ceil_div(tiles(panel), m.chunk_tiles); }
-  // Copies that have not landed, at most. Few at first, while blocks exchange results, which wait behind them; later more.
+  static constexpr int kChunkBytes = m.chunk_tiles * m.tile_bytes();
+  // Copies in flight: few at first, while blocks exchange results, which wait behind them; later more.
   static constexpr int kLater = (Map::kStages + kWarps) / chunks(0);  // row blocks: consumers have their activations by then
-  static __device__ __forceinline__ constexpr int in_flight(u32 bytes) {
-    const int most = int(bytes) / (m.chunk_tiles * m.tile_bytes());
-    return most < 2 ? 2 : smaller(most, Map::kStages - 1);  // a stage cannot be filled twice
-  }
+  static constexpr int kInFlight = copies_in_flight<Map>(kInFlightBytes, kChunkBytes);
+  static constexpr int kLaterInFlight = copies_in_flight<Map>(kLaterInFlightBytes, kChunkBytes);
 
   // Scratch, behind the activations: partial sums [kWindow][kSlots][16][kColumns], fp32, up to Map::kReduce. Chunks of a
   // row block that are kSlots apart are of one warp, which adds them up; others have a slot of their own.
@@ -76,8 +75,8 @@ struct Route {
 template <class Map, Matrix m>
 __device__ constexpr Route route() {
   using W = Walk<Map, m>;
-  return {m.offset, m.row_block_bytes(), W::kPanelTiles * m.tile_bytes(), m.chunk_tiles * m.tile_bytes(),
-          W::in_flight(kInFlightBytes), W::in_flight(kLaterInFlightBytes), W::kLater,
+  return {m.offset, m.row_block_bytes(), W::kPanelTiles * m.tile_bytes(), W::kChunkBytes,
+          W::kInFlight, W::kLaterInFlight, W::kLater,
           m.row_blocks(), W::kParts, W::kWindow, W::kPanelsOfBlock};
 }
 

@@ -27,6 +27,14 @@ struct Shared {
   static __device__ __forceinline__ u8* team() { return scratch() + Map::kReduce + 192; }
 };
 
+// Copies that have not landed, at most: so many bytes of them, but two where chunks are large, and never all stages, for a
+// stage cannot be filled twice.
+template <class Map>
+__device__ constexpr int copies_in_flight(u32 bytes, int chunk_bytes) {
+  const int most = int(bytes) / chunk_bytes;
+  return most < 2 ? 2 : smaller(most, Map::kStages - 1);
+}
+
 template <class Map>
 __device__ __forceinline__ void init_ring(Ring<Map>& ring) {
 #pragma unroll 1

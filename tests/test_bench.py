@@ -103,10 +103,11 @@ def test_a_measurement_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
 )
 def test_more_columns_cost_little(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--shape", "llama-3.2-1b", "--quant", "bf16", "--columns", "1,8", "--json"]
+    """Under 15 % more than one, with 16-bit weights: with int4 it is 31 (docs/performance.md)."""
+    arguments = ["--shape", "llama-3.1-8b", "--quant", "bf16", "--columns", "1,2,8", "--json"]
     assert main(["bench", *arguments]) == 0
-    one, eight = json.loads(capsys.readouterr().out)
-    assert eight["ms_per_step"] < 1.5 * one["ms_per_step"]
+    one, *more = [result["ms_per_step"] for result in json.loads(capsys.readouterr().out)]
+    assert max(more) < 1.15 * one
 
 
 @pytest.mark.gpu
