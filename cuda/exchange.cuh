@@ -71,17 +71,17 @@ struct Exchange {
   __device__ __forceinline__ void get(const u64* const (&at)[kWords], u32 ago, u32 (&values)[kWords]) {
     const u32 tag = phase - ago;
     Looks looks;
-    u32 late, seen;
+    u32 late;
     do {
-      late = seen = 0;
+      late = 0;
       u64 words[kWords];
 #pragma unroll
       for (int i = 0; i < kWords; i++)
         if (at[i]) words[i] = ld_relaxed_gpu(at[i]);
 #pragma unroll
       for (int i = 0; i < kWords; i++)
-        if (at[i]) values[i] = u32(words[i]), seen = words[i] >> 32, late |= seen ^ tag;
-    } while (late && !grid.gives_up(looks, kAlarmWord, phase - args.first_phase, tag, seen));
+        if (at[i]) values[i] = u32(words[i]), late |= u32(words[i] >> 32) ^ tag;
+    } while (late && !grid.gives_up(looks, kAlarmWord, phase - args.first_phase, tag, tag ^ late));
   }
 };
 

@@ -166,7 +166,7 @@ __device__ void read_chunk(const StepArgs& args) {
   embed(args.weights + tensors::embed.offset, kFew ? args.tokens : work.tokens(), work.residual(), n);
 #pragma unroll 1
   for (int layer = 0; layer < model::kLayers; layer++) {
-    const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
+    const u8* weights = args.weights + tensors::kLayersOffset + layer * tensors::kLayerBytes;
     const auto vector = [&](u64 offset) { return offset == tensors::kAbsent ? nullptr : reinterpret_cast<const float*>(weights + offset); };
     u8* cache = args.kv_cache + layer * args.kv_layer_bytes;
 

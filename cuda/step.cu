@@ -10,6 +10,9 @@ namespace {
 // A step that ends a prompt goes on where prefill left off.
 __device__ __forceinline__ int first_layer(const StepArgs& args) { return args.resumed ? model::kLayers - 1 : 0; }
 
+// Phases since the residual was written: at the output projection by the layer before, at down by the output projection.
+constexpr u32 kSinceDown = 3, kSinceOut = 2;
+
 // A layer's matrices, and the head.
 template <class Map>
 __constant__ Route kRoutes[] = {route<Map, tensors::wqkv>(), route<Map, tensors::wo>(), route<Map, tensors::w_gate_up>(),
@@ -25,7 +28,7 @@ __device__ void stream(const StepArgs& args) {
 #pragma unroll 1
   for (int i = kOfLayer * first_layer(args); i < kHead + (args.head ? 1 : 0); i++) {
     const int layer = i / kOfLayer;
-    const u8* base = i == kHead ? args.weights : args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
+    const u8* base = i == kHead ? args.weights : args.weights + tensors::kLayersOffset + layer * tensors::kLayerBytes;
     stream_matrix(to, deal, base, kRoutes<Map>[i == kHead ? kOfLayer : i % kOfLayer]);
     if (i % kOfLayer != 0 || i == kHead) continue;  // the past comes after W_qkv
     const attention::Plan<Map> plan(args.n_columns, args.position, model::window(layer));
@@ -56,7 +59,7 @@ __device__ void consume(const StepArgs& args) {
   const auto fetch_residual = [&](int row, int column) { return residual().fetch(smaller(column, n - 1), row); };
   // Who reads the residual at the beginning of a layer, or after the last one.
   const auto reader_of = [&](int layer) {
-    const u64 at = layer < model::kLayers ? tensors::kLayers + layer * tensors::kLayerBytes + tensors::attn_norm : tensors::final_norm;
+    const u64 at = layer < model::kLayers ? tensors::kLayersOffset + layer * tensors::kLayerBytes + tensors::attn_norm : tensors::final_norm;
     return Reader{reinterpret_cast<const float*>(args.weights + at), layer < model::kLayers ? tensors::wqkv.bf16() : tensors::head.bf16()};
   };
 
@@ -66,7 +69,7 @@ __device__ void consume(const StepArgs& args) {
   exchange.next();  // publishes the embedding
 #pragma unroll 1
   for (int layer = first_layer(args); layer < model::kLayers; layer++) {
-    const u8* weights = args.weights + tensors::kLayers + layer * tensors::kLayerBytes;
+    const u8* weights = args.weights + tensors::kLayersOffset + layer * tensors::kLayerBytes;
     const auto vector = [&](u64 offset) { return offset == tensors::kAbsent ? nullptr : reinterpret_cast<const float*>(weights + offset); };
     const float* wqkv_bias = vector(tensors::wqkv_bias);
     const float* wo_bias = vector(tensors::wo_bias);
@@ -94,7 +97,7 @@ __device__ void consume(const StepArgs& args) {
         consumer, deal, n, [&](int panel, bool) { load_rounded<Map, tensors::wo>(consumer, exchange, attended(), n, panel); },
         [&](int row, int column, float low, float high, u32 lanes, Old old) {
           if (wo_bias) low += wo_bias[row], high += wo_bias[row + 8];
-          residual().add(exchange, column, row, low, high, lanes, old, 3, ffn_reader);
+          residual().add(exchange, column, row, low, high, lanes, old, kSinceDown, ffn_reader);
         },
         fetch_residual);
     exchange.next();  // publishes the residual with attention added
@@ -114,7 +117,7 @@ __device__ void consume(const StepArgs& args) {
         consumer, deal, n, [&](int panel, bool) { load_rounded<Map, tensors::w_down>(consumer, exchange, hidden(), n, panel); },
         [&](int row, int column, float low, float high, u32 lanes, Old old) {
           if (w_down_bias) low += w_down_bias[row], high += w_down_bias[row + 8];
-          residual().add(exchange, column, row, low, high, lanes, old, 2, reader_of(layer + 1));
+          residual().add(exchange, column, row, low, high, lanes, old, kSinceOut, reader_of(layer + 1));
         },
         fetch_residual);
     exchange.next();  // publishes the layer's output

@@ -307,7 +307,8 @@ def _tensor_constants(
     names = {"embed": "embed", "head": "embed" if config.tied else "lm_head"}
     lines = [
         f"constexpr u64 kAbsent = {_ABSENT}ull;",
-        f"constexpr u64 kLayers = {weights.layers}ull, kLayerBytes = {weights.layer_bytes}ull;",
+        f"constexpr u64 kLayersOffset = {weights.layers}ull;",
+        f"constexpr u64 kLayerBytes = {weights.layer_bytes}ull;",
     ]
     for kind, layout in layouts.items():
         base = (

@@ -182,21 +182,24 @@ def test_logits_that_are_not_finite_are_an_error(
     engine.close()
 
 
+@pytest.mark.parametrize("blocks", [2, 4, 7])
 def test_an_alarm_of_one_column_names_what_did_not_come(
-    checkpoint: Checkpoint, model: RandomModel
+    checkpoint: Checkpoint, model: RandomModel, blocks: int
 ) -> None:
     """A missing block's results: who waits, the number they should carry, and what is there."""
-    engine, _ = open_engine(checkpoint, 64)
+    facts = replace(EmulatedDevice().facts, multiprocessors=blocks)
+    engine, _ = open_engine(checkpoint, 64, facts=facts)
     step = engine._open_model()
     whole, patience = step._launch, int(step._args["watchdog_ns"])
     step._args["watchdog_ns"], step._launch = 5_000_000, without_last_block(step)
     first = step._phases
     with pytest.raises(DeviceError) as caught:
         step.token(step.step([PROMPT[0]], 0))
-    alarm = r"0.005 s: result of another block, block 0, phase (\d+), expected (\d+), seen 0;"
-    found = re.search(alarm, str(caught.value))
+    alarm = r"of another block, block (\d+), phase (\d+), expected (\d+), seen (\d+);"
+    found = re.search("0.005 s: result " + alarm, str(caught.value))
     assert found is not None, caught.value
-    phase, expected = int(found[1]), int(found[2])
+    block, phase, expected, seen = map(int, found.groups())
+    assert block < blocks - 1 and seen != expected
     assert phase >= 1 and expected == first + phase - 1  # what the phase before should have written
     step._args["watchdog_ns"], step._launch = patience, whole
     exact, rounded = references(model, PROMPT)

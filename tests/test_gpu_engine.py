@@ -254,8 +254,9 @@ def test_the_first_token_comes_within_two_seconds() -> None:
 
 @pytest.mark.slow
 @measures
+@pytest.mark.parametrize("quant", ["bf16", "int4"])
 def test_a_cold_compilation_takes_under_four_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str
 ) -> None:
     from minflash.codegen import PREFILLS, generate
     from minflash.compiler import OPTIONS, architecture, compile_all
@@ -264,7 +265,7 @@ def test_a_cold_compilation_takes_under_four_seconds(
     monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
     facts = CudaDevice().facts
     config = shape_config("llama-3.1-8b")
-    layouts = shape_layouts(config, "bf16", None)
+    layouts = shape_layouts(config, quant, None)
     program = generate(config, layouts, choose(config, layouts, facts))
     arch = architecture(facts.compute_capability)
     # By NVRTC neither, which keeps what it made.
@@ -276,5 +277,5 @@ def test_a_cold_compilation_takes_under_four_seconds(
     begin = time.perf_counter()
     waits = compile_all(jobs)
     times = {name: (len(wait()), time.perf_counter() - begin)[1] for name, wait in waits.items()}
-    print(", ".join(f"{name} after {after:.2f} s" for name, after in times.items()))
+    print(quant, ", ".join(f"{name} after {after:.2f} s" for name, after in times.items()))
     assert max(times.values()) < 4
