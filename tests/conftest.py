@@ -101,7 +101,9 @@ def gpu_problem() -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a gpu test where there is no GPU."""
+    """Skip a test that measures where others run beside it, and a gpu test without a GPU."""
+    if item.get_closest_marker("measures") and "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("measures the whole machine: run it without -n")
     if item.get_closest_marker("gpu") is None:
         return
     problem = gpu_problem()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
@@ -87,9 +86,7 @@ def test_without_a_gpu_the_way_out_is_said(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
-)
+@pytest.mark.measures
 def test_a_measurement_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--shape", "smollm2-135m", "--quant", "int4", "--end-to-end", "--json"]
     assert main(["bench", *arguments]) == 0
@@ -99,9 +96,7 @@ def test_a_measurement_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
-)
+@pytest.mark.measures
 def test_more_columns_cost_little(capsys: pytest.CaptureFixture[str]) -> None:
     """Under 15 % more than one, with 16-bit weights: with int4 it is 31 (docs/performance.md)."""
     arguments = ["--shape", "llama-3.1-8b", "--quant", "bf16", "--columns", "1,2,8", "--json"]
@@ -111,9 +106,7 @@ def test_more_columns_cost_little(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
-)
+@pytest.mark.measures
 def test_choosing_costs_little(capsys: pytest.CaptureFixture[str]) -> None:
     """Under 3 % of a step over greedy, whatever is asked for."""
     samplings = ",".join(SAMPLINGS)
@@ -124,9 +117,7 @@ def test_choosing_costs_little(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
-)
+@pytest.mark.measures
 def test_a_prompt_is_read_faster_than_by_steps(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--shape", "llama-3.2-1b", "--quant", "bf16", "--json"]
     assert main(["bench", *arguments, "--prefill", "512"]) == 0

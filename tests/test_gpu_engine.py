@@ -30,9 +30,6 @@ from minflash.step_model import StepModel
 from minflash.tensors import expected_tensors
 
 pytestmark = pytest.mark.gpu
-measures = pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
-)
 PROMPT = [5, 77, 300, 12, 9, 250, 31, 8, 119, 64]
 GREEDY = Sampling()
 
@@ -53,7 +50,7 @@ def engine(model: RandomModel) -> Iterator[CudaEngine]:
     engine.close()
 
 
-@measures
+@pytest.mark.measures
 def test_close_gives_all_memory_back(model: RandomModel) -> None:
     free = CudaDevice().free_bytes
 
@@ -72,7 +69,7 @@ def test_close_gives_all_memory_back(model: RandomModel) -> None:
     assert free() == before
 
 
-@measures
+@pytest.mark.measures
 def test_too_much_context_says_what_fits(model: RandomModel) -> None:
     config = model_config(max_context=1 << 40)
     with pytest.raises(ContextError, match=r"the largest context that fits is [0-9]+$") as caught:
@@ -168,7 +165,7 @@ def seconds(action: Callable[[], None]) -> float:
 
 
 @pytest.mark.slow
-@measures
+@pytest.mark.measures
 @pytest.mark.parametrize("quant", ["bf16", "int4"])
 def test_weights_are_uploaded_at_two_gigabytes_a_second(tmp_path: Path, quant: str) -> None:
     write_zeros(tmp_path / "model", quant)
@@ -193,7 +190,7 @@ with minflash.load(device="cuda") as llm:
 
 
 @pytest.mark.slow
-@measures
+@pytest.mark.measures
 @pytest.mark.parametrize(
     "shape, quant",
     [
@@ -231,7 +228,7 @@ def test_the_second_turn_of_a_conversation_starts_at_once(shape: str, quant: str
 
 
 @pytest.mark.slow
-@measures
+@pytest.mark.measures
 def test_the_first_token_comes_within_two_seconds() -> None:
     if not os.environ.get("MINFLASH_MODEL"):
         try:
@@ -253,7 +250,7 @@ def test_the_first_token_comes_within_two_seconds() -> None:
 
 
 @pytest.mark.slow
-@measures
+@pytest.mark.measures
 @pytest.mark.parametrize("quant", ["bf16", "int4"])
 def test_a_cold_compilation_takes_under_four_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str

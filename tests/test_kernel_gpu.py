@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -126,9 +125,7 @@ def test_sampling_of_a_large_vocabulary(machine: Machine, name: str) -> None:
         assert_sampled(step.token(ticket), step.read_logits(1)[0], sampling, seed + 1)
 
 
-@pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole machine: run it without -n"
-)
+@pytest.mark.measures
 def test_memory_is_given_back(machine: Machine) -> None:
     model = middle_model("bf16", 0)
     machine.open(model, ALL).close()  # CUDA's own allocations

@@ -33,8 +33,8 @@ tests() { # compiling is most of the work: several processes share the GPU
     mapfile -t files < <(grep -lE 'mark\.gpu|machine: Machine' tests/test_*.py)
     python3 -c "import xdist" 2>/dev/null && parallel=(-n 8)
     run tests 400 python3 -m pytest -q -m gpu -p no:cacheprovider "${parallel[@]}" "${files[@]}"
-    [ ${#parallel[@]} -eq 0 ] || run measuring 200 python3 -m pytest -q -m gpu -p no:cacheprovider \
-        tests/test_gpu_engine.py tests/test_bench.py tests/test_kernel_gpu.py -k "memory or uploaded or first_token or second_turn or compilation or bench"
+    [ ${#parallel[@]} -eq 0 ] || run measuring 200 python3 -m pytest -q -m "gpu and measures" \
+        -p no:cacheprovider "${files[@]}"
 }
 
 sanitizer() { # --tool racecheck sees shared memory only; blocks are compared by the tests
