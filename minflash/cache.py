@@ -26,13 +26,23 @@ class CachedModel:
 
 
 def cache_dir() -> Path:
-    """MINFLASH_CACHE_DIR, else XDG_CACHE_HOME/minflash, else ~/.cache/minflash."""
-    if chosen := os.environ.get("MINFLASH_CACHE_DIR"):
-        return Path(chosen).expanduser().absolute()
+    """MINFLASH_CACHE_DIR, else XDG_CACHE_HOME/minflash, else ~/.cache/minflash.
+
+    Raises MinflashError when that is below a home folder and none is known, as in a container that
+    runs under a number without an account.
+    """
+    chosen = os.environ.get("MINFLASH_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is to be ignored.
-    folder = Path(base) if base.startswith("/") else Path.home() / ".cache"
-    return folder / "minflash"
+    if not chosen:
+        # The XDG specification says that a relative path is to be ignored.
+        chosen = f"{base if base.startswith('/') else '~/.cache'}/minflash"
+    try:
+        return Path(chosen).expanduser().absolute()
+    except RuntimeError:
+        raise MinflashError(
+            f"the cache folder {chosen} begins with a home folder that is not known; "
+            "set MINFLASH_CACHE_DIR to the whole path of a folder that can be written"
+        ) from None
 
 
 def models_dir() -> Path:

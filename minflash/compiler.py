@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from .cache import cache_dir
-from .errors import DeviceError
+from .errors import DeviceError, MinflashError
 from .notice import say_once
 from .nvrtc import compile_with, library_path
 
@@ -63,7 +63,7 @@ def compiled(source: str, options: Sequence[str], library: str | None = None) ->
     code = load_cached(source, options)
     if code is None:
         code = _without_cupy(library, source, options) or compile_source(source, options)
-        _save(_cache_path(source, options), code)
+        _save(source, options, code)
     return code
 
 
@@ -134,7 +134,7 @@ def load_cached(source: str, options: Sequence[str]) -> bytes | None:
     """The code that the cache holds, None when it holds none or a damaged one."""
     try:
         data = _cache_path(source, options).read_bytes()
-    except OSError:
+    except (OSError, MinflashError):  # MinflashError: there is no cache folder
         return None
     digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     return code if hashlib.sha256(code).digest() == digest else None
@@ -145,18 +145,28 @@ def _cache_path(source: str, options: Sequence[str]) -> Path:
     return cache_dir() / "kernels" / f"{key[:32]}.cubin"
 
 
-def _save(path: Path, code: bytes) -> None:
-    """Written beside the goal, then renamed: another process never sees half a file."""
+def _save(source: str, options: Sequence[str], code: bytes) -> None:
+    """Into the cache; one warning where that cannot be done, for the code serves without it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+        path = _cache_path(source, options)
+    except MinflashError as error:
+        say_once(f"compiled kernels cannot be kept, each start compiles them anew: {error}")
+        return
+    try:
+        _write(path, hashlib.sha256(code).digest() + code)
     except OSError as error:
         say_once(
             f"compiled kernels cannot be kept in {path.parent} ({error.strerror}), so that each "
             "start compiles them anew; set MINFLASH_CACHE_DIR to a folder that can be written"
         )
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Written beside the goal, then renamed: another process never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
 
 
 def _way_out(error: Exception) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import MinflashError
 from .notice import LOG_LEVELS
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -51,6 +52,9 @@ def examine() -> list[Finding]:
 def _isolated(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
     try:
         return list(check())
+    except MinflashError as error:  # its rule, then the way out
+        detail, _, advice = str(error).partition("; ")
+        return [Finding(name, FAIL, detail, advice or "please report this")]
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return [Finding(name, WARN, f"could not be checked ({said})", "please report this")]
@@ -186,7 +190,14 @@ def _cache() -> Iterable[Finding]:
 
 def _cupy_cache() -> Iterable[Finding]:
     chosen = os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache"
-    yield folder_finding("cupy cache", Path(chosen).expanduser(), "CUPY_CACHE_DIR", spare_bytes=0)
+    try:
+        folder = Path(chosen).expanduser()
+    except RuntimeError:  # probe.py points CuPy to the temporary folder then
+        detail = f"{chosen} begins with a home folder that is not known"
+        advice = "set CUPY_CACHE_DIR to the whole path of a folder that can be written"
+        yield Finding("cupy cache", WARN, detail, advice)
+    else:
+        yield folder_finding("cupy cache", folder, "CUPY_CACHE_DIR", spare_bytes=0)
 
 
 def folder_finding(

@@ -88,6 +88,18 @@ def _logger_as_it_was() -> Iterator[None]:
     logger.handlers[:], logger.propagate = handlers, propagate
 
 
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number without an account, with nothing set."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "MINFLASH_CACHE_DIR", "CUPY_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @cache
 def gpu_problem() -> str | None:
     """Why no GPU can be used, or None when there is one. Imports cupy: ask only for a gpu test."""

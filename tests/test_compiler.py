@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minflash import compiler
+from minflash import compiler, notice
 from minflash.compiler import architecture, compile_all
 from minflash.errors import DeviceError
 from minflash.nvrtc import compile_with
@@ -75,3 +75,15 @@ def test_a_cache_folder_that_cannot_be_written_is_said(
     monkeypatch.setattr(compiler, "compile_source", lambda *_: b"code")
     assert compiler.compiled(SOURCE, []) == b"code"
     assert "compiled kernels cannot be kept in" in caplog.text
+
+
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_folder_nothing_is_kept_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notice, "_said", set())
+    monkeypatch.setattr(compiler, "compile_source", lambda *_: b"code")
+    for _ in range(2):
+        assert compiler.compiled(SOURCE, []) == b"code"
+    assert caplog.text.count("compiled kernels cannot be kept") == 1
+    assert "set MINFLASH_CACHE_DIR to the whole path" in caplog.text

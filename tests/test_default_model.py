@@ -225,6 +225,20 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_dir() == tmp_path / "mine"
 
 
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_folder_the_way_out_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    way_out = "begins with a home folder that is not known; set MINFLASH_CACHE_DIR to"
+    with pytest.raises(MinflashError, match=f"~/.cache/minflash {way_out}"):
+        cache_dir()
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", "~/mine")
+    with pytest.raises(MinflashError, match=f"~/mine {way_out}"):
+        cache_dir()
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
+    assert cache_dir() == tmp_path
+
+
 def test_the_list_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
     assert cached_models() == []

@@ -62,6 +62,15 @@ def test_folders(tmp_path: Path) -> None:
     assert found.status == FAIL and "set X" in found.advice
 
 
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_folder_the_variables_are_named() -> None:
+    """Both caches are asked for one; neither finding says that minflash is to blame."""
+    for name, expected in (("cache", FAIL), ("cupy cache", WARN), ("default model", FAIL)):
+        (found,) = doctor._isolated(name, doctor.CHECKS[name])
+        assert found.status == expected and "home folder" in found.detail
+        assert "_CACHE_DIR to the whole path" in found.advice
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
