@@ -162,11 +162,20 @@ def _save(source: str, options: Sequence[str], code: bytes) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Written beside the goal, then renamed: another process never sees half a file."""
+    """Written beside the goal, then renamed: another process never sees half a file.
+
+    What a full disk has cut short is removed: nothing else would ever do so.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+        beside = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()  # a full disk shows here, not when the file is closed
+            beside.replace(path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def _way_out(error: Exception) -> str:

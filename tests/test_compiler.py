@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,21 @@ def test_a_cache_folder_that_cannot_be_written_is_said(
     monkeypatch.setattr(compiler, "compile_source", lambda *_: b"code")
     assert compiler.compiled(SOURCE, []) == b"code"
     assert "compiled kernels cannot be kept in" in caplog.text
+
+
+def test_a_full_disk_leaves_no_half_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "compile_source", lambda *_: b"code" * 1000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))  # bytes; more is "File too large"
+    try:
+        assert compiler.compiled(SOURCE, []) == b"code" * 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "kernels").iterdir()) == []
+    assert "File too large" in caplog.text
 
 
 @pytest.mark.usefixtures("no_home")
