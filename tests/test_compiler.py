@@ -30,6 +30,18 @@ def test_code_is_compiled_once_and_kept(
     assert compiler.load_cached(*jobs["a"]) is None
 
 
+def test_other_options_are_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is chosen by a -D: without it in the key one would be launched for another."""
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", exc_type=ImportError)
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
+    source = "__device__ int table[SIZE] = {1};"
+    options = [(architecture(90), f"-DSIZE={size}") for size in (1, 1000)]
+    codes = [compiler.compiled(source, each) for each in options]
+    assert codes[0] != codes[1]
+    assert [compiler.load_cached(source, each) for each in options] == codes
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
+
+
 def test_another_process_compiles_without_cupy_and_with_it_where_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
