@@ -11,7 +11,8 @@ from .server_errors import Body, invalid, wrong
 # For llguidance: one way to write a call, as models are used to. More spaces only cost tokens.
 _COMPACT = {"whitespace_pattern": "", "key_separator": ": ", "item_separator": ", "}
 # Options of a generation that do not go with an answer that must be a call.
-_EXCLUDED = ("response_format", "regex", "grammar", "ignore_eos", "min_tokens")
+_FORMS = ("response_format", "regex", "grammar")
+_ENDS = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")  # would cut a call, or add to it
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def parse_tools(fields: Body) -> Tools:
     if choice == "auto":
         return Tools(tools or None, names)
     chosen = _chosen(choice, functions)
-    for name in _EXCLUDED:
+    for name in (*_FORMS, *_ENDS):
         if fields.get(name):
             raise invalid(
                 "tool_choice",
@@ -56,8 +57,20 @@ def _functions(tools: Any) -> dict[str, Any]:
             raise wrong(
                 f"tools[{number}].function.parameters", "a JSON schema", function["parameters"]
             )
+        _check_type(function.get("parameters") or {}, f"tools[{number}].function.parameters")
         named[function["name"]] = function
     return named
+
+
+def _check_type(schema: Body, place: str) -> None:
+    """Arguments have names: what describes them is an object, also where it does not say so."""
+    kind = schema.get("type", "object")
+    if kind != "object":
+        raise invalid(
+            "tools",
+            f'{place} must have the type "object", whose properties are the arguments; found '
+            f"{kind!r:.60}: put the value under a name among its properties",
+        )
 
 
 def _chosen(choice: Any, functions: dict[str, Any]) -> dict[str, Any]:

@@ -221,6 +221,8 @@ def test_a_conversation_with_calls_reaches_the_template(
         ),
         ({"tool_choice": "required", "regex": "a"}, "tool_choice", "invalid_value"),
         ({"tool_choice": "required", "ignore_eos": True}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "required", "stop": "}"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "required", "stop_token_ids": [5]}, "tool_choice", "invalid_value"),
         ({"parallel_tool_calls": False}, "parallel_tool_calls", "unsupported_parameter"),
         (
             {"tools": [tool("a", {"$ref": "#/$defs/b"})], "tool_choice": "required"},
@@ -233,6 +235,42 @@ def test_tools_that_cannot_be_obeyed(server: Server, fields: Any, param: str, co
     pytest.importorskip("llguidance", reason="llguidance is not installed")
     answer = server.post(CHAT, {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 5, **fields})
     assert error_of(answer) == (400, param, code)
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "array", "items": {"type": "integer"}, "maxItems": 2},
+        {"type": "string"},
+        {"type": ["object", "null"]},
+        {"type": None},
+    ],
+)
+def test_arguments_are_an_object(server: Server, parameters: Any, choice: str) -> None:
+    """Of another type they would be no call, even where one is demanded."""
+    body = {"messages": MESSAGES, "tools": [tool("a", parameters)], "tool_choice": choice}
+    answer = server.post(CHAT, {**body, "max_tokens": 5})
+    assert error_of(answer) == (400, "tools", "invalid_value")
+    assert "tools[0].function.parameters" in answer[2]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}},
+        {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+        {"const": 5},
+        {"enum": [[1], None]},
+    ],
+)
+def test_what_no_object_can_be_is_refused_where_a_call_is_demanded(
+    server: Server, schema: Any
+) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    fields = {"tools": [tool("a", schema)], "tool_choice": "required", "max_tokens": 5}
+    answer = server.post(CHAT, {"messages": MESSAGES, **fields})
+    assert error_of(answer) == (400, "tools", "invalid_value")
 
 
 def test_a_template_without_tools_is_their_fault() -> None:
