@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .server_errors import Body, invalid, wrong
+from .server_errors import ApiError, Body, invalid, unsupported, wrong
 
 # For llguidance: one way to write a call, as models are used to. More spaces only cost tokens.
 _COMPACT = {"whitespace_pattern": "", "key_separator": ": ", "item_separator": ", "}
 # Options of a generation that do not go with an answer that must be a call.
 _FORMS = ("response_format", "regex", "grammar")
 _ENDS = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")  # would cut a call, or add to it
+# What a tool and its function may say.
+_TOOL, _FUNCTION = ("type", "function"), ("name", "description", "parameters", "strict")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ def parse_tools(fields: Body) -> Tools:
         return Tools()
     names = frozenset(functions)
     if choice == "auto":
+        _check_strict(functions)
         return Tools(tools or None, names)
     chosen = _chosen(choice, functions)
     for name in (*_FORMS, *_ENDS):
@@ -43,23 +46,46 @@ def parse_tools(fields: Body) -> Tools:
     return Tools(tools, frozenset(chosen), _form(chosen))
 
 
-def _functions(tools: Any) -> dict[str, Any]:
-    """The definitions by name."""
+def _functions(tools: Any) -> dict[str, Body]:
+    """The definitions by name, each one checked."""
     if not isinstance(tools, list):
         raise wrong("tools", "a list", tools)
-    named = {}
+    named: dict[str, Body] = {}
     for number, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            rule = 'an object {"type": "function", "function": {"name": ...}}'
-            raise wrong(f"tools[{number}]", rule, tool)
-        if not isinstance(function.get("parameters") or {}, dict):
-            raise wrong(
-                f"tools[{number}].function.parameters", "a JSON schema", function["parameters"]
-            )
-        _check_type(function.get("parameters") or {}, f"tools[{number}].function.parameters")
-        named[function["name"]] = function
+        function = _function(tool, f"tools[{number}]")
+        name = function["name"]
+        if name in named:
+            raise wrong(f"tools[{number}].function.name", "one that no other tool has", name)
+        named[name] = function
     return named
+
+
+def _function(tool: Any, place: str) -> Body:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    named = isinstance(function, dict) and isinstance(function.get("name"), str)
+    if not isinstance(function, dict) or not named or tool.get("type") != "function":
+        rule = 'an object {"type": "function", "function": {"name": ...}}'
+        raise wrong(place, rule, tool)
+    _check_keys(tool, _TOOL, place)
+    _check_keys(function, _FUNCTION, f"{place}.function")
+    parameters, strict = function.get("parameters"), function.get("strict")
+    if not isinstance(parameters, (dict, type(None))):
+        raise wrong(f"{place}.function.parameters", "a JSON schema, an object", parameters)
+    _check_type(parameters or {}, f"{place}.function.parameters")
+    if not isinstance(strict, (bool, type(None))):
+        raise wrong(f"{place}.function.strict", "true or false", strict)
+    return function
+
+
+def _check_keys(value: Body, known: Sequence[str], place: str) -> None:
+    for name in value.keys() - known:
+        raise ApiError(
+            400,
+            f"{place} has the unknown key {name!r:.60}; it may have {', '.join(known)}: leave it "
+            "out",
+            param=place,
+            code="unknown_parameter",
+        )
 
 
 def _check_type(schema: Body, place: str) -> None:
@@ -73,7 +99,18 @@ def _check_type(schema: Body, place: str) -> None:
         )
 
 
-def _chosen(choice: Any, functions: dict[str, Any]) -> dict[str, Any]:
+def _check_strict(functions: dict[str, Body]) -> None:
+    """Nothing makes arguments follow their schema where the model decides whether to call."""
+    for number, function in enumerate(functions.values()):
+        if function.get("strict"):
+            raise unsupported(
+                f"tools[{number}].function.strict",
+                "arguments follow the parameters only of a call that tool_choice asks for: leave "
+                'it out, or say "tool_choice": "required"',
+            )
+
+
+def _chosen(choice: Any, functions: dict[str, Body]) -> dict[str, Body]:
     """The functions of which one must be called."""
     if not functions:
         raise invalid(
@@ -89,7 +126,7 @@ def _chosen(choice: Any, functions: dict[str, Any]) -> dict[str, Any]:
     return {name: functions[name]}
 
 
-def _form(functions: dict[str, Any]) -> Body:
+def _form(functions: dict[str, Body]) -> Body:
     """The JSON of one call, as a response_format."""
     calls = [
         {
@@ -106,7 +143,7 @@ def _form(functions: dict[str, Any]) -> Body:
 
 def _arguments(function: Body, number: int) -> Body:
     schema = function.get("parameters")
-    if not schema:  # a function without parameters
+    if schema is None:  # a function without parameters
         return {"type": "object", "properties": {}, "additionalProperties": False}
     moved: Body = _moved(schema, f"#/anyOf/{number}/properties/arguments")
     return {"type": "object", **moved}

@@ -25,7 +25,7 @@ TEMPLATE = (
 
 
 def tool(name: str, parameters: Any = None) -> Any:
-    function = {"name": name, **({"parameters": parameters} if parameters else {})}
+    function = {"name": name, **({} if parameters is None else {"parameters": parameters})}
     return {"type": "function", "function": function}
 
 
@@ -235,6 +235,49 @@ def test_tools_that_cannot_be_obeyed(server: Server, fields: Any, param: str, co
     pytest.importorskip("llguidance", reason="llguidance is not installed")
     answer = server.post(CHAT, {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 5, **fields})
     assert error_of(answer) == (400, param, code)
+
+
+def changed(**fields: Any) -> Any:
+    """The tool "time" with other fields of its function."""
+    return [{"type": "function", "function": {"name": "time", **fields}}]
+
+
+@pytest.mark.parametrize(
+    ("tools", "param", "code"),
+    [
+        ([{"type": "custom", "function": {"name": "a"}}], "tools[0]", "invalid_value"),
+        ([{"function": {"name": "a"}}], "tools[0]", "invalid_value"),
+        ([{**tool("a"), "strict": True}], "tools[0]", "unknown_parameter"),
+        (changed(parameter={}), "tools[0].function", "unknown_parameter"),
+        (changed(parameters=False), "tools[0].function.parameters", "invalid_value"),
+        (changed(parameters=[]), "tools[0].function.parameters", "invalid_value"),
+        (changed(strict="yes"), "tools[0].function.strict", "invalid_value"),
+        ([tool("a"), tool("b"), tool("a", CITY)], "tools[2].function.name", "invalid_value"),
+    ],
+)
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+def test_nothing_of_a_function_is_ignored(
+    server: Server, tools: Any, param: str, code: str, choice: str
+) -> None:
+    body = {"messages": MESSAGES, "tools": tools, "tool_choice": choice, "max_tokens": 5}
+    assert error_of(server.post(CHAT, body)) == (400, param, code)
+
+
+def test_strict_holds_or_is_refused(client: openai.OpenAI) -> None:
+    tools: Any = [tool("time"), tool("weather", CITY)]
+    tools[1]["function"]["strict"] = True
+    with pytest.raises(openai.BadRequestError, match='"tool_choice": "required"') as caught:
+        ask(client, tools=tools)
+    assert caught.value.param == "tools[1].function.strict"
+    assert caught.value.code == "unsupported_parameter"
+    tools[0]["function"] |= {"strict": False, "parameters": None, "description": "tells it"}
+    assert ask(client, tools=tools[:1], max_tokens=1).finish_reason == "length"
+    assert ask(client, tools=tools, tool_choice="none", max_tokens=1).finish_reason == "length"
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    ((_, arguments),) = plain(
+        ask(client, tools=tools[1:], tool_choice="required").message.tool_calls
+    )
+    assert arguments in ({"city": "Rome"}, {"city": "Oslo"})
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
