@@ -194,17 +194,21 @@ class Service:
         return EventStream(events, partial(self.queue.drop, job))
 
     def _answer(self, asked: Generation, work: Work) -> Answer:
-        names = asked.tools.names
         return Answer(
             self.model,
             asked.is_chat,
             work.prompt_tokens,
             before=work.before,
             token_text=self._token_text,
-            reader=CallReader(names, self._special_text) if names else None,
+            reader=self._reader(asked) if asked.tools.names else None,
             logprobs="logprobs" in asked.options,
             prompt=work.prompt,
         )
+
+    def _reader(self, asked: Generation) -> CallReader:
+        tokenizer = self.llm._need_tokenizer("calls are read from text")
+        decoder = tokenizer.stream() if asked.options.get("stop") else None
+        return CallReader(asked.tools.names, self._special_text, decoder)
 
     def _token_text(self, token: int) -> str:
         return self.llm.detokenize([token], skip_special=False)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .chunk import NO_TOKEN, Chunk
+from .stopping import Decoder
 
 _OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 _CLOSING = "</tool_call>"
@@ -41,17 +42,27 @@ class Call:
 class CallReader:
     """Takes the calls out of one answer while it comes; text passes as soon as it is certain."""
 
-    def __init__(self, names: Collection[str], special_text: Callable[[int], str]) -> None:
-        """names: functions that may be called. special_text: of a special token, "" of others."""
+    def __init__(
+        self,
+        names: Collection[str],
+        special_text: Callable[[int], str],
+        decoder: Decoder | None = None,
+    ) -> None:
+        """names: functions that may be called. special_text: of a special token, "" of others.
+        decoder: makes text of tokens at once; needed where stop strings hold some of it back.
+        """
         self.found = 0  # calls
         self._names, self._special_text = names, special_text
+        self._decoder = decoder
+        self._made = self._given = 0  # characters: of the tokens so far, and of the chunks' texts
+        self._marks: list[tuple[int, str]] = []  # special tokens, and the characters before them
         self._hidden: set[str] = set()  # marks that came as special tokens, which are no text
         self._held = ""  # may be a call, or the beginning of one
         self._begun = False  # something else than spaces has come before
 
     def read(self, chunk: Chunk) -> tuple[str, list[Call]]:
         """The text and the calls that a chunk of the answer makes certain."""
-        self._held += self._mark(chunk) + chunk.text
+        self._held += self._marked(chunk)
         text, final = "", chunk.finish_reason is not None
         calls: list[Call] = []
         while self._held:
@@ -88,6 +99,24 @@ class CallReader:
         for mark in self._hidden:
             text = text.replace(mark, "")
         return text
+
+    def _marked(self, chunk: Chunk) -> str:
+        """The chunk's text and the marks that stand in it.
+
+        A token's text may come later than the token, where it could be the beginning of a stop
+        string; a mark waits until all text before it is there.
+        """
+        if self._decoder is not None and chunk.token != NO_TOKEN:
+            self._made += len(self._decoder.push(chunk.token))
+        if mark := self._mark(chunk):
+            self._marks.append((max(self._made, self._given), mark))
+        text, rest = "", chunk.text
+        while self._marks and self._marks[0][0] <= self._given + len(rest):
+            place, mark = self._marks.pop(0)
+            before, rest = rest[: place - self._given], rest[place - self._given :]
+            text, self._given = text + before + mark, place
+        self._given += len(rest)
+        return text + rest
 
     def _mark(self, chunk: Chunk) -> str:
         """The mark that came as a special token: a chunk's text leaves those out."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import openai
 import pytest
+from small_model import ScriptedEngine
 from web_server import CHAT, MESSAGES, TINY, Server, connect, error_of, running
 
 import minflash
@@ -120,6 +121,21 @@ def test_a_mark_that_is_a_special_token(
     says(llm, monkeypatch, Chunk("", 0), *pieces('[{"name": "time", "arguments": {}}]'))
     assert plain(ask(client).message.tool_calls) == [("time", {})]
     assert plain(ask_streaming(client)[1]) == [("time", {})]
+
+
+def test_text_held_back_for_a_stop_string_comes_before_the_mark(llm: Any) -> None:
+    """It comes later than the token of the mark, which must not take it for the call's."""
+    call = '[{"name": "time", "arguments": {}}]'
+    for before in ("Let me look. Ob", "Let me look."):
+        script = [*llm.tokenize(before), 0, *llm.tokenize(call), *llm.eos_token_ids]
+        speaker = minflash.LLM(ScriptedEngine(llm.config, script), llm._tokenizer)
+        with running(speaker) as server, connect(server) as client:
+            fields: Any = {"model": "default", "stop": ["Observation", "##"]}
+            choice = ask(client, **fields)
+            assert choice.message.content == before
+            assert plain(choice.message.tool_calls) == [("time", {})]
+            text, calls, reason = ask_streaming(client, **fields)
+            assert (text, plain(calls), reason) == (before, [("time", {})], "tool_calls")
 
 
 @pytest.mark.parametrize(

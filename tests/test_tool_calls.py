@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from minflash.chunk import Chunk
+from minflash.chunk import NO_TOKEN, Chunk
+from minflash.stopping import StopStrings
 from minflash.tool_calls import Call, CallReader
 
 NAMES = ("weather", "time")
 HERMES = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+MARK, TIME_CALL = "[TOOL_CALLS]", '{"name": "time", "arguments": {}}'
 WEATHER = ("weather", {"city": "Paris"})
 TIME = ("time", {})
 
@@ -28,6 +30,19 @@ def read(text: str, size: int, reason: str = "stop") -> tuple[str, list[tuple[st
     calls = [call for _, found in said for call in found]
     assert reader.found == len(calls) and len({call.id for call in calls}) == len(calls)
     return "".join(text for text, _ in said), [plain(call) for call in calls]
+
+
+class Spoken:
+    """A decoder of tokens that are places in a list of texts; marks are no text."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def push(self, token: int) -> str:
+        return "" if token == NO_TOKEN else self._texts[token].replace(MARK, "")
+
+    def flush(self) -> str:
+        return ""
 
 
 def plain(call: Call) -> tuple[str, Any]:
@@ -126,3 +141,27 @@ def test_marks_that_are_special_tokens_are_no_text() -> None:
         said = [reader.read(one) for one in (*chunks, Chunk("", 8, finish_reason="stop"))]
         assert "".join(piece for piece, _ in said) == text
         assert [plain(call) for _, found in said for call in found] == calls
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "text", "calls"),
+    [
+        (["I look. Ob", MARK, "[", TIME_CALL, "]"], "Observation", "I look. Ob", [TIME]),
+        (["O", "bse", MARK, "[", TIME_CALL, "]"], "Observation", "Obse", [TIME]),
+        (["Well, Ob", MARK, "no call"], "Observation", "Well, Obno call", []),
+        (["Ob", MARK, f"[{TIME_CALL}]", " O", "b"], "Observation", "Ob[{}] Ob", []),
+        (["Obser", MARK, "vation"], "Observation", "", []),
+        (["I look.", MARK, f"[{TIME_CALL}]"], "Observation", "I look.", [TIME]),
+    ],
+)
+def test_text_held_back_for_a_stop_string_comes_before_a_mark(
+    tokens: list[str], stop: str, text: str, calls: list[Any]
+) -> None:
+    special = {number: one for number, one in enumerate(tokens) if one == MARK}
+    reader = CallReader(NAMES, lambda token: special.get(token, ""), Spoken(tokens))
+    stream, stops = Spoken(tokens), StopStrings([stop])
+    chunks = [Chunk(stops.push(stream.push(number)), number) for number in range(len(tokens))]
+    chunks.append(Chunk(stops.flush(), NO_TOKEN, finish_reason="stop"))
+    said = [reader.read(chunk) for chunk in chunks]
+    assert "".join(piece for piece, _ in said) == text.replace("{}", TIME_CALL)
+    assert [plain(call) for _, found in said for call in found] == calls
