@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from .arguments import parse
 from .server_answers import SSE_END, Answer, sse
 from .server_errors import ApiError, Body, api_error
 from .server_http import (
@@ -208,7 +209,9 @@ class Service:
     def _reader(self, asked: Generation) -> CallReader:
         tokenizer = self.llm._need_tokenizer("calls are read from text")
         decoder = tokenizer.stream() if asked.options.get("stop") else None
-        return CallReader(asked.tools.names, self._special_text, decoder)
+        # JSON that was asked for is the answer, whatever the names of its members.
+        bare = parse(asked.options).grammar is None
+        return CallReader(asked.tools.names, self._special_text, decoder, bare=bare)
 
     def _token_text(self, token: int) -> str:
         return self.llm.detokenize([token], skip_special=False)

@@ -47,13 +47,16 @@ class CallReader:
         names: Collection[str],
         special_text: Callable[[int], str],
         decoder: Decoder | None = None,
+        *,
+        bare: bool = True,
     ) -> None:
         """names: functions that may be called. special_text: of a special token, "" of others.
         decoder: makes text of tokens at once; needed where stop strings hold some of it back.
+        bare: whether JSON without a mark may be a call.
         """
         self.found = 0  # calls
         self._names, self._special_text = names, special_text
-        self._decoder = decoder
+        self._decoder, self._bare = decoder, bare
         self._made = self._given = 0  # characters: of the tokens so far, and of the chunks' texts
         self._marks: list[tuple[int, str]] = []  # special tokens, and the characters before them
         self._hidden: set[str] = set()  # marks that came as special tokens, which are no text
@@ -81,7 +84,7 @@ class CallReader:
 
         Spaces before it belong to it: an answer that is nothing but a call has no text.
         """
-        if not self._begun and self._held.lstrip().startswith("{"):
+        if self._bare and not self._begun and self._held.lstrip().startswith("{"):
             return 0
         found = _MARK.search(self._held) or _BEGUN_MARK.search(self._held)
         return len(self._held[: found.start() if found else None].rstrip())

@@ -74,11 +74,15 @@ def ask(client: openai.OpenAI, **fields: Any) -> Any:
     return client.chat.completions.create(**fields).choices[0]
 
 
+def ask_events(client: openai.OpenAI, **fields: Any) -> list[Any]:
+    fields = {"model": "tools", "messages": MESSAGES, "tools": TOOLS, "stream": True, **fields}
+    return list(client.chat.completions.create(**fields))
+
+
 def ask_streaming(client: openai.OpenAI, **fields: Any) -> tuple[str, list[Any], str]:
     """Text, calls put together and the reason of the end."""
-    fields = {"model": "tools", "messages": MESSAGES, "tools": TOOLS, "stream": True, **fields}
     text, calls, reason = "", [], ""
-    for event in client.chat.completions.create(**fields):
+    for event in ask_events(client, **fields):
         (choice,) = event.choices
         text += choice.delta.content or ""
         reason = choice.finish_reason or reason
@@ -151,6 +155,37 @@ def test_what_is_no_call_stays_text(
     assert choice.message.content == CALL and choice.finish_reason == "stop"
     assert choice.message.tool_calls is None
     assert ask_streaming(client, **fields) == (CALL, [], "stop")
+
+
+ANSWER = '{"name": "weather", "parameters": {"city": "Oslo"}}'
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"extra_body": {"regex": "[{].*"}},
+        {"extra_body": {"grammar": 'start: "{" /.*/'}},
+    ],
+    ids=["response_format", "regex", "grammar"],
+)
+def test_an_answer_whose_form_was_asked_for_is_no_call(
+    client: openai.OpenAI, llm: Any, monkeypatch: pytest.MonkeyPatch, fields: Any
+) -> None:
+    says(llm, monkeypatch, *pieces(ANSWER))
+    choice = ask(client, **fields)
+    assert (choice.message.content, choice.message.tool_calls) == (ANSWER, None)
+    assert ask_streaming(client, **fields) == (ANSWER, [], "stop")
+    events = ask_events(client, **fields)
+    assert sum(bool(event.choices[0].delta.content) for event in events) == len(pieces(ANSWER))
+
+
+def test_without_a_form_the_same_answer_is_a_call(
+    client: openai.OpenAI, llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(llm, monkeypatch, *pieces(ANSWER))
+    for fields in ({}, {"response_format": {"type": "text"}}):
+        assert plain(ask(client, **fields).message.tool_calls) == [("weather", {"city": "Oslo"})]
 
 
 def test_an_answer_that_was_cut_says_so(
