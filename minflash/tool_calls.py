@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +27,13 @@ _CLOSING = "</tool_call>"
 _MARK = re.compile("|".join(map(re.escape, _OPENINGS)))
 _BEGINNINGS = [mark[:end] for mark in _OPENINGS for end in range(len(mark) - 1, 0, -1)]
 _BEGUN_MARK = re.compile(rf"(?:{'|'.join(map(re.escape, _BEGINNINGS))})\Z")
+# What stands between two calls, and between the parts of a list or an object known to be JSON.
+_BETWEEN, _INSIDE = re.compile(r"[ \t\r\n;,]*"), re.compile(r"[ \t\r\n:,]*")
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function and its arguments, which are the text of a JSON object."""
+    """A function and its arguments, which are a JSON object as the model wrote it."""
 
     name: str
     arguments: str
@@ -143,24 +145,53 @@ def _calls(block: str, names: Collection[str]) -> list[Call]:
     return [call for call in calls if call] if all(calls) else []
 
 
-def _values(text: str) -> list[Any]:
-    """The JSON values that follow each other in ``text``, those of lists one by one."""
-    values: list[Any] = []
-    while text := text.lstrip(" \t\r\n;,"):
-        value, end = json.JSONDecoder().raw_decode(text)
-        values += value if isinstance(value, list) else [value]
-        text = text[end:]
-    return values
+def _values(text: str) -> Iterator[str]:
+    """The texts of the JSON values that follow each other, those of lists one by one."""
+    for value in _parts(text):
+        if value.startswith("["):
+            yield from _parts(value, 1, "]")
+        else:
+            yield value
 
 
-def _call(value: Any, names: Collection[str]) -> Call | None:
+def _parts(text: str, place: int = 0, closing: str = "") -> Iterator[str]:
+    """The texts of the JSON values from ``place`` on, up to ``closing`` or the end."""
+    between = _INSIDE if closing else _BETWEEN
+    while (place := _end_of(between, text, place)) < len(text) and text[place] != closing:
+        _, end = _JSON.raw_decode(text, place)
+        yield text[place:end]
+        place = end
+
+
+def _end_of(pattern: re.Pattern[str], text: str, place: int) -> int:
+    found = pattern.match(text, place)
+    return found.end() if found else place
+
+
+def _call(text: str, names: Collection[str]) -> Call | None:
     """Raises ValueError for arguments that are not JSON."""
-    name = value.get("name") if isinstance(value, dict) else None
+    members = _members(text)
+    name = json.loads(members.get("name", "null"))
     if not isinstance(name, str) or name not in names:
         return None
-    arguments = value.get("arguments", value.get("parameters"))
-    if isinstance(arguments, str):  # JSON in JSON, as some models write it
-        arguments = json.loads(arguments)
-    if not isinstance(arguments, dict):
-        return None
-    return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    arguments = members.get("arguments", members.get("parameters", ""))
+    if arguments.startswith('"'):  # JSON in JSON, as some models write it
+        arguments = json.loads(arguments).strip()
+        _JSON.decode(arguments)
+    return Call(name, arguments) if arguments.startswith("{") else None
+
+
+def _members(text: str) -> dict[str, str]:
+    """The texts of an object's members by name; none of another value."""
+    if not text.startswith("{"):
+        return {}
+    parts = list(_parts(text, 1, "}"))
+    return dict(zip(map(json.loads, parts[::2]), parts[1::2], strict=True))
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+# Says where a value ends; its numbers stay text, so that none is too large or too long.
+_JSON = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse)

@@ -95,6 +95,8 @@ def test_calls_are_told_from_text(answer: str, text: str, calls: list[Any], size
         '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
         '<tool_call>{"name": ["weather"], "arguments": {}}</tool_call>',
         '<tool_call>{"name": "weather", "arguments": {"x": NaN}}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": "{\\"x\\": NaN}"}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": "{} {}"}</tool_call>',
         '<tool_call>{"name": "weather", "argum',
         "<tool_call></tool_call>",
         "<tool_call>" + "[" * 100_000,
@@ -110,6 +112,27 @@ def test_calls_are_told_from_text(answer: str, text: str, calls: list[Any], size
 def test_all_else_stays_text_as_it_is(answer: str, size: int) -> None:
     if len(answer) < 1000 or size == 1000:
         assert read(answer, size, "length") == (answer, [])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '<tool_call>{{"name": "weather", "arguments": {}}}</tool_call>',
+        '[TOOL_CALLS] [{{"arguments": {}, "name": "weather"}}]',
+        '{{"id": [1, "}}"], "name": "weather", "parameters": {}}}',
+    ],
+)
+@pytest.mark.parametrize("arguments", [
+    '{"x": 12345678901234567.25}',
+    '{"x": 1e999, "y": -0.0, "z": 1E2}',
+    f'{{"x": {"9" * 5000}}}',
+    '{"x": "\\ud800 \\u00e9 é", "x": "twice"}',
+    '{ "x" : [1,2 , {"y":null}]\n}',
+])  # fmt: skip
+def test_arguments_stay_as_they_were_written(answer: str, arguments: str) -> None:
+    reader = CallReader(NAMES, lambda token: "")
+    said, (call,) = reader.read(Chunk(answer.format(arguments), 5, finish_reason="stop"))
+    assert (said, call.name, call.arguments) == ("", "weather", arguments)
 
 
 def test_spaces_without_end_take_no_time() -> None:
