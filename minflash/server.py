@@ -41,6 +41,7 @@ from .server_protocol import (
     parse_tokenize,
 )
 from .server_queue import Job, ModelQueue
+from .server_tokens import TokenTexts
 from .server_work import Work, prepare
 from .tool_calls import CallReader
 
@@ -72,6 +73,7 @@ class Service:
         self.model = llm.path.resolve().name if llm.path else "minflash"
         self.metrics = Metrics()
         self.queue = ModelQueue(settings.queue, self._ended)
+        self._texts = TokenTexts(llm)
         self._page, self._policy = load_page()
 
     def routes(self) -> list[Route]:
@@ -199,8 +201,8 @@ class Service:
             self.model,
             asked.is_chat,
             work.prompt_tokens,
+            self._texts.of,
             before=work.before,
-            token_text=self._token_text,
             reader=self._reader(asked) if asked.tools.names else None,
             logprobs="logprobs" in asked.options,
             prompt=work.prompt,
@@ -213,11 +215,8 @@ class Service:
         bare = parse(asked.options).grammar is None
         return CallReader(asked.tools.names, self._special_text, decoder, bare=bare)
 
-    def _token_text(self, token: int) -> str:
-        return self.llm.detokenize([token], skip_special=False)
-
     def _special_text(self, token: int) -> str:
-        return "" if self.llm.detokenize([token]) else self._token_text(token)
+        return "" if self.llm.detokenize([token]) else self._texts.text(token)
 
     def _ended(self, job: Job) -> None:
         """Counts a job that has left the queue."""

@@ -21,8 +21,8 @@ class Answer:
     model: str
     chat: bool
     prompt_tokens: int
+    token: Callable[[int], tuple[str, bytes | None]]  # text and bytes, for log-probabilities
     before: str = ""  # the prompt's text, where a completion is to repeat it
-    token_text: Callable[[int], str] = str  # for log-probabilities
     reader: CallReader | None = None  # where functions may be called
     logprobs: bool = False  # log-probabilities are asked for
     prompt: Sequence[Chunk] = ()  # of a repeated prompt, where they are
@@ -134,24 +134,22 @@ class Answer:
             offsets.append(self._offset)
             self._offset += len(chunk.text)
         return {
-            "tokens": [self.token_text(chunk.token) for chunk in chunks],
+            "tokens": [self.token(chunk.token)[0] for chunk in chunks],
             "token_logprobs": [chunk.logprob for chunk in chunks],
             "top_logprobs": [self._alternatives(chunk) for chunk in chunks],
             "text_offset": offsets,
         }
 
     def _alternatives(self, chunk: Chunk) -> dict[str, float] | None:
-        """By text; of tokens with the same text, as parts of characters, the likeliest counts."""
+        """By text; of tokens with the same text the likeliest counts."""
         if chunk.logprob is None:  # the first token of a prompt
             return None
         likeliest_last = reversed(chunk.top_logprobs or ())
-        return {self.token_text(token): value for token, value in likeliest_last}
+        return {self.token(token)[0]: value for token, value in likeliest_last}
 
     def _token(self, token: int, logprob: float | None) -> Body:
-        text = self.token_text(token)
-        # A token may be a part of a character, which is no text and whose bytes are not known here.
-        whole = "\ufffd" not in text
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+        text, found = self.token(token)
+        return {"token": text, "logprob": logprob, "bytes": None if found is None else list(found)}
 
     def _head(self, name: str) -> Body:
         prefix = "chatcmpl" if self.chat else "cmpl"

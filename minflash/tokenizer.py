@@ -87,6 +87,10 @@ class Tokenizer:
         check_flag("skip_special", skip_special)
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
+    def piece(self, token: int) -> str:
+        """A token as the vocabulary writes it, with marks for spaces and bytes; "" if unknown."""
+        return str(self._tokenizer.id_to_token(token) or "")
+
     def stream(self, context: Sequence[int] = (), *, skip_special: bool = True) -> TextStream:
         """A decoder for one token after the other.
 
