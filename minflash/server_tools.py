@@ -13,6 +13,9 @@ _COMPACT = {"whitespace_pattern": "", "key_separator": ": ", "item_separator": "
 # Options of a generation that do not go with an answer that must be a call.
 _FORMS = ("response_format", "regex", "grammar")
 _ENDS = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")  # would cut a call, or add to it
+# Words of JSON schema: those with values that are no schemas, and those with named schemas.
+_DATA = ("const", "enum", "default", "examples")
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 # What a tool and its function may say.
 _TOOL, _FUNCTION = ("type", "function"), ("name", "description", "parameters", "strict")
 
@@ -155,8 +158,16 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(item, place) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
+    moved = {key: _moved_member(key, value, place) for key, value in schema.items()}
     reference = moved.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = place + reference[1:]
     return moved
+
+
+def _moved_member(key: str, value: Any, place: str) -> Any:
+    if key in _DATA:
+        return value
+    if key in _NAMED and isinstance(value, Mapping):
+        return {name: _moved(schema, place) for name, schema in value.items()}
+    return _moved(value, place)

@@ -241,6 +241,16 @@ def test_parameters_may_refer_to_their_definitions(client: openai.OpenAI) -> Non
     assert plain(both.message.tool_calls)[0][0] in ("other", "weather")
 
 
+def test_values_that_look_like_references_stay(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    names = {"const": {"$ref": "#/$defs/a"}, "b": {"const": {"$ref": "#"}}}
+    parameters = {"properties": names, "required": [*names], "additionalProperties": False}
+    parameters["$defs"] = {"a": {"enum": [{"$ref": "#/x"}]}}
+    found = ask(client, tools=[tool("weather", parameters)], tool_choice="required")
+    arguments = {"const": {"$ref": "#/x"}, "b": {"$ref": "#"}}
+    assert plain(found.message.tool_calls) == [("weather", arguments)]
+
+
 def test_a_conversation_with_calls_reaches_the_template(
     client: openai.OpenAI, llm: minflash.LLM
 ) -> None:
