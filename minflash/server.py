@@ -97,8 +97,9 @@ class Service:
         return Response(self._page, media_type="text/html", headers=headers)
 
     async def health(self, request: Request) -> Response:
-        status = "shutting down" if self.queue.closing else "ok"
-        return JsonResponse({"status": status}, status_code=503 if self.queue.closing else 200)
+        status = "closed" if self.llm._closed else "ok"
+        status = "shutting down" if self.queue.closing else status
+        return JsonResponse({"status": status}, status_code=200 if status == "ok" else 503)
 
     async def show_metrics(self, request: Request) -> Response:
         self.metrics.set("minflash_queue_length", self.queue.waiting)
@@ -278,6 +279,8 @@ def create_app(llm: LLM, settings: Settings | None = None) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        if service.queue.closing:  # started a second time
+            service.queue.open()
         yield
         await service.queue.close()
 

@@ -91,11 +91,15 @@ class ModelQueue:
     def __init__(self, limit: int, ended: Callable[[Job], None] = lambda job: None) -> None:
         """``limit``: jobs that may wait beside the running one; ``ended`` hears of each end."""
         self.limit = limit
-        self.closing = False
         self._ended = ended
+        self.open()
+        self._usual = 1.0  # seconds of a job, a running mean
+
+    def open(self) -> None:
+        """Takes jobs; again after ``close``, when an application is started a second time."""
+        self.closing = False
         self._futures: dict[Job, Future[None]] = {}
         self._thread = ThreadPoolExecutor(1, "minflash-model")
-        self._usual = 1.0  # seconds of a job, a running mean
 
     @property
     def running(self) -> int:
@@ -159,7 +163,7 @@ class ModelQueue:
         await asyncio.to_thread(self._thread.shutdown)
 
     def _remove(self, job: Job) -> None:
-        del self._futures[job]
+        self._futures.pop(job, None)  # of an earlier start it is not here
         if job.started:
             self._usual += (job.ended - job.started - self._usual) / 4
         self._ended(job)

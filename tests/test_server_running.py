@@ -32,7 +32,7 @@ from web_server import (
 
 import minflash
 from minflash import cli
-from minflash.server import Settings
+from minflash.server import Settings, create_app
 
 
 def test_key(llm: minflash.LLM) -> None:
@@ -302,6 +302,23 @@ def test_shutdown_stops_what_takes_too_long(llm: minflash.LLM) -> None:
 
     asyncio.run(scene())
     assert 1 <= paced.produced < 100
+
+
+def test_an_application_can_be_started_again(llm: minflash.LLM) -> None:
+    app = create_app(llm)
+    asked: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
+    for _ in range(2):
+        with running(llm, app=app) as server, connect(server) as client:
+            assert server.get("/health")[:1] == (200,)
+            assert client.chat.completions.create(**asked).usage is not None
+
+
+def test_health_tells_of_a_closed_model() -> None:
+    with minflash.load(TINY, device="cpu") as own, running(own) as server:
+        assert server.get("/health")[0] == 200
+        own.close()
+        status, _, body = server.get("/health")
+        assert (status, body) == (503, {"status": "closed"})
 
 
 def test_a_port_in_use_is_one_line(server: Server) -> None:

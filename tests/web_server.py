@@ -81,9 +81,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(llm: Any, settings: Settings | None = None) -> Iterator[Server]:
-    """A server in a thread of this process, at a free port."""
-    app = create_app(llm, settings)
+def running(llm: Any, settings: Settings | None = None, app: Any = None) -> Iterator[Server]:
+    """A server in a thread of this process, at a free port; of an ``app`` that is there already."""
+    app = app or create_app(llm, settings)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as bound:
