@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 from small_model import ScriptedEngine
-from web_server import CHAT, MESSAGES, TINY, Server, connect, error_of, running
+from web_server import CHAT, MESSAGES, TINY, Server, connect, error_of, running, tool
 
 import minflash
 from minflash.chunk import NO_TOKEN, Chunk
@@ -23,11 +23,6 @@ TEMPLATE = (
     "{{ c.function.name }}={{ c.function.arguments.city }}{% endfor %}{{ m.tool_call_id }}\n"
     "{% endfor %}"
 )
-
-
-def tool(name: str, parameters: Any = None) -> Any:
-    function = {"name": name, **({} if parameters is None else {"parameters": parameters})}
-    return {"type": "function", "function": function}
 
 
 CITY = {
@@ -298,32 +293,6 @@ def test_tools_that_cannot_be_obeyed(server: Server, fields: Any, param: str, co
     assert error_of(answer) == (400, param, code)
 
 
-def changed(**fields: Any) -> Any:
-    """The tool "time" with other fields of its function."""
-    return [{"type": "function", "function": {"name": "time", **fields}}]
-
-
-@pytest.mark.parametrize(
-    ("tools", "param", "code"),
-    [
-        ([{"type": "custom", "function": {"name": "a"}}], "tools[0]", "invalid_value"),
-        ([{"function": {"name": "a"}}], "tools[0]", "invalid_value"),
-        ([{**tool("a"), "strict": True}], "tools[0]", "unknown_parameter"),
-        (changed(parameter={}), "tools[0].function", "unknown_parameter"),
-        (changed(parameters=False), "tools[0].function.parameters", "invalid_value"),
-        (changed(parameters=[]), "tools[0].function.parameters", "invalid_value"),
-        (changed(strict="yes"), "tools[0].function.strict", "invalid_value"),
-        ([tool("a"), tool("b"), tool("a", CITY)], "tools[2].function.name", "invalid_value"),
-    ],
-)
-@pytest.mark.parametrize("choice", ["auto", "none", "required"])
-def test_nothing_of_a_function_is_ignored(
-    server: Server, tools: Any, param: str, code: str, choice: str
-) -> None:
-    body = {"messages": MESSAGES, "tools": tools, "tool_choice": choice, "max_tokens": 5}
-    assert error_of(server.post(CHAT, body)) == (400, param, code)
-
-
 def test_strict_holds_or_is_refused(client: openai.OpenAI) -> None:
     tools: Any = [tool("time"), tool("weather", CITY)]
     tools[1]["function"]["strict"] = True
@@ -339,24 +308,6 @@ def test_strict_holds_or_is_refused(client: openai.OpenAI) -> None:
         ask(client, tools=tools[1:], tool_choice="required").message.tool_calls
     )
     assert arguments in ({"city": "Rome"}, {"city": "Oslo"})
-
-
-@pytest.mark.parametrize("choice", ["auto", "required"])
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"type": "array", "items": {"type": "integer"}, "maxItems": 2},
-        {"type": "string"},
-        {"type": ["object", "null"]},
-        {"type": None},
-    ],
-)
-def test_arguments_are_an_object(server: Server, parameters: Any, choice: str) -> None:
-    """Of another type they would be no call, even where one is demanded."""
-    body = {"messages": MESSAGES, "tools": [tool("a", parameters)], "tool_choice": choice}
-    answer = server.post(CHAT, {**body, "max_tokens": 5})
-    assert error_of(answer) == (400, "tools", "invalid_value")
-    assert "tools[0].function.parameters" in answer[2]["error"]["message"]
 
 
 @pytest.mark.parametrize(

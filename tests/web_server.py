@@ -111,6 +111,12 @@ def connect(server: Server, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=20)
 
 
+def tool(name: str, parameters: Any = None) -> Any:
+    """The definition of a function, without parameters unless they are given."""
+    function = {"name": name, **({} if parameters is None else {"parameters": parameters})}
+    return {"type": "function", "function": function}
+
+
 def error_of(answer: tuple[int, Any, Any]) -> tuple[int, str, str]:
     """Status, param and code of an error, which has OpenAI's four fields."""
     status, _, body = answer
