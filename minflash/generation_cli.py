@@ -80,6 +80,8 @@ def _response_format(path: str | None) -> dict[str, Any] | None:
         return {"type": "json_schema", "json_schema": json.loads(_read(path))}
     except ValueError as error:
         raise ArgumentError(f"{path}: is not JSON: {error}") from error
+    except RecursionError:
+        raise ArgumentError(f"{path}: is JSON nested too deep; make it flatter") from None
 
 
 def _read(path: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ArgumentError, MinflashError
+from .showing import shown
 
 # Between two parts of a JSON text. Bounded, as a model may otherwise go on with spaces for ever.
 WHITESPACE = r"[ \t\n]{0,24}"
@@ -23,6 +24,7 @@ _INSTALL = 'pip install "minflash[grammar]"'
 # The types of a response_format, each with the keys it may have beside "type".
 _FORMATS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema", "schema")}
 _WRAPPER = {"name", "description", "strict", "schema"}  # OpenAI's, around a schema
+_TOO_DEEP = 'is nested too deep; name its parts under "$defs" and refer to them with "$ref"'
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def parse_grammar(response_format: Any, regex: Any, grammar: Any) -> Grammar | N
     for name, kind, text in (("regex", "regex", regex), ("grammar", "lark", grammar)):
         if text is not None:
             if not isinstance(text, str) or not text:
-                raise ArgumentError(f"{name} must be a string, not empty, found {text!r:.60}")
+                raise ArgumentError(f"{name} must be a string, not empty, found {shown(text, 60)}")
             return Grammar(kind, text)
     return None if response_format is None else _of_format(response_format)
 
@@ -57,7 +59,7 @@ def _of_format(response_format: Any) -> Grammar | None:
     if not isinstance(kind, str) or kind not in _FORMATS:
         raise ArgumentError(
             'response_format must be {"type": "json_schema", "json_schema": {"schema": ...}}, '
-            f'{{"type": "json_object"}} or {{"type": "text"}}, found {response_format!r:.80}'
+            f'{{"type": "json_object"}} or {{"type": "text"}}, found {shown(response_format)}'
         )
     _check_keys(f'response_format of type "{kind}"', given, _FORMATS[kind])
     if kind == "text":
@@ -68,7 +70,7 @@ def _of_format(response_format: Any) -> Grammar | None:
     if len(given) != 1:
         raise ArgumentError(
             f"response_format has {'two schemas' if given else 'no schema'}, found "
-            f'{response_format!r:.80}; put it under "json_schema": {{"schema": ...}}'
+            f'{shown(response_format)}; put it under "json_schema": {{"schema": ...}}'
         )
     if "schema" in given:
         return _of_schema(_mapping(given["schema"]))
@@ -83,7 +85,7 @@ def _unwrapped(value: Mapping[str, Any]) -> Mapping[str, Any]:
     wrapper = _given(value)
     if "schema" not in wrapper:
         raise ArgumentError(
-            f"json_schema of response_format has no schema, found {value!r:.80}; put it under "
+            f"json_schema of response_format has no schema, found {shown(value)}; put it under "
             '"json_schema": {"schema": ...}'
         )
     _check_keys("json_schema of response_format", wrapper, _WRAPPER)
@@ -97,13 +99,14 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 def _check_keys(what: str, given: Mapping[str, Any], known: Collection[str]) -> None:
     for name in given.keys() - known:
         knows = f"knows {', '.join(sorted(known))}" if known else "has no other"
-        raise ArgumentError(f"{what} has the unknown key {name!r:.60}; it {knows}: leave it out")
+        found = shown(name, 60)
+        raise ArgumentError(f"{what} has the unknown key {found}; it {knows}: leave it out")
 
 
 def _mapping(schema: Any) -> Mapping[str, Any]:
     if not isinstance(schema, Mapping):
         raise ArgumentError(
-            f"the schema of response_format must be a mapping, found {schema!r:.80}; "
+            f"the schema of response_format must be a mapping, found {shown(schema)}; "
             'give the JSON schema itself, as {"type": "object", "properties": {...}}'
         )
     return schema
@@ -111,9 +114,12 @@ def _mapping(schema: Any) -> Mapping[str, Any]:
 
 def _of_schema(schema: Mapping[str, Any]) -> Grammar:
     try:
-        return Grammar("json_schema", json.dumps(schema))
+        # Without escapes, which would hide half a surrogate pair; and JSON has no NaN.
+        return Grammar("json_schema", json.dumps(schema, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"the schema of response_format is not JSON: {error}") from error
+    except RecursionError:
+        raise ArgumentError(f"the schema of response_format {_TOO_DEEP}") from None
 
 
 class Grammars:
@@ -143,6 +149,17 @@ class Grammars:
 
     def constraint(self, grammar: Grammar) -> GrammarConstraint:
         """A fresh constraint. Raises ArgumentError when the grammar is not usable."""
+        try:
+            grammar.text.encode()  # llguidance words half a surrogate pair in three ways
+            matcher = self._matcher(grammar)
+        except ValueError as error:
+            raise _dishonoured(grammar, _reason(error)) from error
+        if matcher.is_error():
+            raise _dishonoured(grammar, matcher.get_error())
+        return GrammarConstraint(matcher, self._vocab_size)
+
+    def _matcher(self, grammar: Grammar) -> Any:
+        """Some faults of a grammar are the matcher's state, others are raised as ValueError."""
         matcher_type = self._llguidance.LLMatcher
         if grammar.kind == "json_schema":
             defaults: Any = {"whitespace_pattern": WHITESPACE}
@@ -151,12 +168,19 @@ class Grammars:
             source = matcher_type.grammar_from_regex(grammar.text)
         else:
             source = matcher_type.grammar_from_lark(grammar.text)
-        matcher = matcher_type(self._tokenizer, source, log_level=0)
-        if matcher.is_error():
-            name = {"json_schema": "JSON schema", "lark": "grammar"}.get(grammar.kind, grammar.kind)
-            reason = " ".join(matcher.get_error().split())
-            raise ArgumentError(f"the {name} cannot be honoured: {reason:.300}")
-        return GrammarConstraint(matcher, self._vocab_size)
+        return matcher_type(self._tokenizer, source, log_level=0)
+
+
+def _dishonoured(grammar: Grammar, reason: str) -> ArgumentError:
+    name = {"json_schema": "JSON schema", "lark": "grammar"}.get(grammar.kind, grammar.kind)
+    return ArgumentError(f"the {name} cannot be honoured: {' '.join(reason.split()):.300}")
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        found = ascii(error.object[error.start])
+        return f"it holds {found}, half of a surrogate pair, which UTF-8 cannot hold; leave it out"
+    return f"it {_TOO_DEEP}" if "recursion limit" in str(error) else str(error)
 
 
 class GrammarConstraint:

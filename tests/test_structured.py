@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import sys
@@ -39,6 +40,13 @@ def small(converted: Path) -> Iterator[LLM]:
 
 def of_schema(value: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": value}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return {"response_format": {"type": "json_schema", "schema": schema}}
 
 
 def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
@@ -172,6 +180,33 @@ def test_one_grammar_serves_many_answers(small: LLM) -> None:
         ({"regex": "a", "grammar": "b"}, "exclude each other"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos and regex exclude each other"),
         ({"regex": "a", "min_tokens": 3}, "min_tokens and regex exclude each other"),
+        (
+            of_schema({"schema": {"const": math.nan}}),
+            "is not JSON: Out of range float",
+        ),
+        (of_schema({"schema": {"const": -math.inf}}), "is not JSON: Out of range float"),
+        (nested(200), r'JSON schema cannot be honoured: it is nested too deep; .* "\$ref"'),
+        (nested(3000), r'schema of response_format is nested too deep; .* "\$ref"'),
+        (
+            {"regex": "a\ud800"},
+            r"regex cannot be honoured: it holds '\\ud800', half of .* leave it",
+        ),
+        (
+            {"grammar": 'start: "\udcff"'},
+            r"grammar cannot be honoured: it holds '\\udcff', half of",
+        ),
+        (
+            of_schema({"properties": {"\ud800": {}}}),
+            r"JSON schema cannot .* '\\ud800', half of .* it",
+        ),
+        # The value found has no repr.
+        (
+            {"response_format": {"type": "xml", "a": nested(3000)}},
+            "found a dict that cannot be shown",
+        ),
+        ({"response_format": {"type": 10**5000}}, "found a dict that cannot be shown"),
+        (of_schema([nested(3000)]), "found a list that cannot be shown"),
+        ({"regex": [nested(3000)]}, "regex must be a string, not empty, found a list that cannot"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error(
@@ -230,3 +265,24 @@ def test_the_command_line_knows_the_options(
     for wrong in (["--json-schema", "no file"], ["--logit-bias", "5"], ["--logprobs", "-1"]):
         assert main([*run, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("[" * 5000, "is JSON nested too deep; make it flatter"),
+        ('{"const": -Infinity}', "the schema of response_format is not JSON"),
+        ('{"properties": {"\\ud800": {}}}', "the JSON schema cannot be honoured: it holds"),
+    ],
+)
+def test_a_schema_file_that_cannot_be_honoured_is_said(
+    schema: str,
+    message: str,
+    converted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(schema)
+    assert main(["run", "-m", str(converted), "--raw", "x", "--json-schema", str(file)]) == 2
+    assert message in capsys.readouterr().err
