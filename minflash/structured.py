@@ -65,8 +65,7 @@ def _of_format(response_format: Any) -> Grammar | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        # What the schema leaves open is still an object.
-        return _of_schema({"type": "object", **_mapping(given.get("schema", {}))})
+        return _of_schema(_object_schema(_mapping(given.get("schema", {}))))
     if len(given) != 1:
         raise ArgumentError(
             f"response_format has {'two schemas' if given else 'no schema'}, found "
@@ -75,6 +74,17 @@ def _of_format(response_format: Any) -> Grammar | None:
     if "schema" in given:
         return _of_schema(_mapping(given["schema"]))
     return _of_schema(_unwrapped(_mapping(given["json_schema"])))
+
+
+def _object_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A json_object's schema: what it leaves open is still an object."""
+    if schema.get("type", "object") not in ("object", ["object"]):
+        raise ArgumentError(
+            'the schema of response_format of type "json_object" must have the type "object", or '
+            f"none, found {shown(schema['type'])}; "
+            'give another as {"type": "json_schema", "json_schema": {"schema": ...}}'
+        )
+    return {"type": "object", **schema}
 
 
 def _unwrapped(value: Mapping[str, Any]) -> Mapping[str, Any]:

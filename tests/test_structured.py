@@ -42,6 +42,10 @@ def of_schema(value: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": value}}
 
 
+def of_object(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_object", "schema": schema}}
+
+
 def nested(depth: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "integer"}
     for _ in range(depth):
@@ -165,6 +169,12 @@ def test_one_grammar_serves_many_answers(small: LLM) -> None:
         (of_schema("{}"), "must be a mapping, found '{}'"),
         (of_schema({"schema": {}, "type": "object"}), "unknown key 'type'; it knows desc.* out"),
         ({"response_format": {"type": "json_object", "schema": "{}"}}, "must be a mapping"),
+        (
+            of_object({"type": "array"}),
+            "must have the type \"object\", or none, found 'array'; give",
+        ),
+        (of_object({"type": ["object", "null"]}), "found .*object.*null"),
+        (of_object({"type": None}), "found None"),
         ({"response_format": {"type": "json_object", "json_schema": {}}}, "unknown key 'json_sch"),
         ({"response_format": {"type": "text", "schema": PERSON}}, "unknown key 'schema'; it has"),
         ({"response_format": {"type": "json_schema", "schema": {}, "json_schema": {}}}, "two sch"),
@@ -226,6 +236,7 @@ def test_a_schema_is_honoured_in_every_spelling() -> None:
         (PERSON, {"type": "json_schema", "schema": PERSON}),
         (PERSON, {"type": "json_object", "schema": PERSON}),
         ({"type": "object"}, {"type": "json_object"}),
+        ({"type": ["object"]}, {"type": "json_object", "schema": {"type": ["object"]}}),
         (
             {"type": "object", "required": ["a"]},
             {"type": "json_object", "schema": {"required": ["a"]}},
