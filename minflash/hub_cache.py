@@ -28,8 +28,15 @@ def hub_dir() -> Path:
 
 
 def hub_models() -> list[CachedModel]:
-    """The complete models, by name: with a config.json and all safetensors. Reads headers alone."""
-    found = (_hub_model(folder) for folder in sorted(hub_dir().glob(f"{_PREFIX}*--*")))
+    """The complete models, by name: with a config.json and all safetensors. Reads headers alone.
+
+    What this user may not read is passed over: the cache may be shared with others.
+    """
+    try:
+        folders = sorted(hub_dir().glob(f"{_PREFIX}*--*"))
+    except OSError:
+        return []
+    found = map(_hub_model, folders)
     return [model for model in found if model is not None]
 
 
@@ -42,7 +49,8 @@ def hub_snapshot(name: str) -> Path | None:
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text("utf-8").strip()
     except (OSError, ValueError):
         return None
-    return snapshot if (snapshot / "config.json").is_file() else None
+    # Unlike Path.is_file, False for what may not be read and for a name that is too long.
+    return snapshot if os.path.isfile(snapshot / "config.json") else None
 
 
 def _hub_model(folder: Path) -> CachedModel | None:

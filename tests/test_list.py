@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,67 @@ def test_what_is_no_model_is_passed_over(
     ]
     assert main(["list"]) == 0
     assert capsys.readouterr().out.count("(not supported by minflash)") == 1
+
+
+@pytest.fixture
+def shared_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Like ``caches``, in a folder that every user may enter, as pytest's own is not."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        monkeypatch.setenv("MINFLASH_CACHE_DIR", str(folder / "own"))
+        monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+        monkeypatch.setenv("HF_HOME", str(folder / "home"))
+        yield folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody may read ``folder``; root may read all, so that root goes on as another user."""
+    before, user = folder.stat().st_mode, os.geteuid()
+    folder.chmod(0)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(user)
+        folder.chmod(before)
+
+
+def listed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert main(["list"]) == 0
+    return [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_what_may_not_be_read_is_passed_over(
+    shared_caches: Path, source: Path, converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(converted, shared_caches / "own" / "models" / "mine")
+    add_hub_model("a/open", source)
+    snapshot = add_hub_model("a/shut", source)
+    assert listed(capsys) == ["mine", "a/open", "a/shut"]
+    for folder in (snapshot, snapshot.parent, snapshot.parent.parent / "refs"):
+        with locked(folder):
+            assert listed(capsys) == ["mine", "a/open"]
+            with pytest.raises(CheckpointError, match="a/shut: there is no such file"):
+                describe("a/shut")
+    for folder in (shared_caches / "home", hub_dir()):
+        with locked(folder):
+            assert listed(capsys) == ["mine"]
+
+
+def test_a_commit_that_is_no_file_name_is_passed_over(
+    caches: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_hub_model("a/whole", source)
+    refs = add_hub_model("b/damaged", source).parent.parent / "refs"
+    for commit in ("x" * 5000, "\0"):
+        (refs / "main").write_text(commit)
+        assert listed(capsys) == ["a/whole"]
+        with pytest.raises(CheckpointError, match="b/damaged: there is no such file"):
+            describe("b/damaged")
 
 
 def test_listed_names_can_be_given_back(
