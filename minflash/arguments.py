@@ -15,6 +15,7 @@ import numpy as np
 from .errors import ArgumentError
 from .packing import GROUP_SIZES, TYPES
 from .sampling import MAX_LOGPROBS, Sampling
+from .showing import shown
 from .structured import Grammar, parse_grammar
 
 DEFAULT_MAX_TOKENS = 256
@@ -289,5 +290,5 @@ def check_load(quantize: Any, group_size: Any, max_context: Any, progress: Any) 
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = shown(value, 61)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 from .errors import ArgumentError, TokenizerError
+from .showing import shown
 
 Message = Mapping[str, Any]
 
@@ -59,6 +60,7 @@ def render(
         ValueError,
         AttributeError,
         ArithmeticError,
+        RecursionError,
     ) as error:
         raise ArgumentError(f"the chat template refuses these messages: {error}") from error
 
@@ -68,13 +70,13 @@ def check_messages(messages: Sequence[Message]) -> None:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise ArgumentError(
             "messages must be a list that is not empty, like "
-            f"[{{'role': 'user', 'content': 'Hello'}}]; found {messages!r:.60}"
+            f"[{{'role': 'user', 'content': 'Hello'}}]; found {shown(messages, 60)}"
         )
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ArgumentError(
                 f"message {number} must be a mapping with a 'role' and a 'content'; "
-                f"found {message!r:.60}"
+                f"found {shown(message, 60)}"
             )
 
 
@@ -86,7 +88,7 @@ def check_tools(template: str, tools: Sequence[Any] | None) -> None:
     if not listed or not all(isinstance(tool, Mapping) for tool in tools):
         raise ArgumentError(
             'tools must be a list of definitions like {"type": "function", "function": {...}}; '
-            f"found {tools!r:.60}"
+            f"found {shown(tools, 60)}"
         )
     if tools and not re.search(r"\btools\b", template):
         raise ArgumentError(
@@ -195,24 +197,38 @@ class Neutralizer:
         """Whether anything had to be hidden."""
         return bool(self._hidden)
 
-    def hide(self, value: Any, key: Any = None) -> Any:
+    def hide(self, value: Any) -> Any:
         """``value`` (a string, or mappings and lists of them) with stand-ins.
 
-        key: the key it was found under; templates compare roles and types, so their ends stay.
+        Raises ArgumentError for what is nested without end.
         """
-        if isinstance(value, str):
-            hidden = self._pattern.sub(lambda found: self._hide(found[0]), value)
-            return hidden if key in ("role", "type") else self._hide_end(hidden)
-        if isinstance(value, Mapping):
-            return {self.hide(key, "role"): self.hide(item, key) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.hide(item) for item in value]
-        return value
+        try:
+            return self._hide_in(value)
+        except RecursionError:
+            raise ArgumentError(
+                "messages and tools must be data that JSON could hold, found a part that is nested "
+                "too deep or holds itself; leave it out"
+            ) from None
 
     def reveal(self, text: str) -> str:
         """The inverse of ``hide`` on the template's output."""
         pattern = f"\U000f0002{self._nonce}\\.([0-9]+)\U000f0003"
         return re.sub(pattern, lambda found: self._hidden[int(found[1])], text)
+
+    def _hide_in(self, value: Any, key: Any = None) -> Any:
+        """``hide`` of a part. key: the key it was found under; templates compare roles and types,
+        so their ends stay.
+        """
+        if isinstance(value, str):
+            hidden = self._pattern.sub(lambda found: self._hide(found[0]), value)
+            return hidden if key in ("role", "type") else self._hide_end(hidden)
+        if isinstance(value, Mapping):
+            return {
+                self._hide_in(key, "role"): self._hide_in(item, key) for key, item in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return [self._hide_in(item) for item in value]
+        return value
 
     def _hide(self, text: str) -> str:
         self._hidden.append(text)

@@ -266,6 +266,44 @@ def test_roles_reach_the_template_as_they_are() -> None:
     assert hidden[0]["role"] == "user" and hidden[0]["content"] != "user"
 
 
+def cyclic() -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "user", "content": "x"}
+    message["before"] = [message]
+    return message
+
+
+def deep() -> list[Any]:
+    value: list[Any] = []
+    for _ in range(5000):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "message"),
+    [
+        ([cyclic()], None, "found a part that is nested too deep or holds itself; leave it out"),
+        ([{"role": "user", "content": deep()}], None, "found a part that is nested too deep or"),
+        (CHATS[0], [cyclic()], "found a part that is nested too deep or"),
+        (deep(), None, "message 0 must be a mapping .* found a list that cannot be shown"),
+        (CHATS[0], deep(), "found a part that is nested too deep or"),
+    ],
+    ids=["cyclic", "deep", "cyclic tool", "no message", "deep tool"],
+)
+def test_data_without_end_is_refused(
+    messages: Any, tools: Any, message: str, tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_with(tmp_path, "{{ tools }}" + JOINED)
+    with pytest.raises(ArgumentError, match=message):
+        tokenizer.apply_chat_template(messages, tools=tools)
+
+
+def test_a_template_without_end_refuses(tmp_path: Path) -> None:
+    template = "{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(messages) }}"
+    with pytest.raises(ArgumentError, match=r"template refuses these messages: .*recursion"):
+        render(template, CHATS[0])
+
+
 def test_the_stand_ins_cannot_be_guessed() -> None:
     first, second = Neutralizer(["<s>"]), Neutralizer(["<s>"])
     assert first.hide("<s>") != second.hide("<s>")

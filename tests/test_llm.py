@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -239,11 +240,13 @@ def test_bad_values_are_errors_at_the_call(scripted: Any, options: dict[str, Any
 
 def test_mistakes_of_every_kind_are_errors_of_minflash(scripted: Any, tmp_path: Path) -> None:
     model = scripted(b"a")
+    deep: Any = reduce(lambda inner, _: [inner], range(5000), [])
     calls = [
         (lambda: model.chat("hi", tools=5), "tools must be a list"),
         (lambda: model.apply_chat_template("x", tools=5), "tools must be a list"),
         (lambda: model.chat("hi", tools=""), "tools must be a list"),
         (lambda: model.generate("hi", tools=0), "tools go with a list of messages"),
+        (lambda: model.generate(deep), "tokens must be .* found a list that cannot be shown"),
         (lambda: model.embed([]), r"embed takes .*, none of them empty, found \[\]"),
         (lambda: model.embed(None), "embed takes .* found None"),
         (lambda: model.embed({"a": 1}), "embed takes"),
