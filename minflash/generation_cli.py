@@ -76,8 +76,18 @@ def _response_format(path: str | None) -> dict[str, Any] | None:
         return None
     if path == "-":
         return {"type": "json_object"}
+    from .structured import is_wrapper
+
+    schema = _json(path)
+    # A schema is taken at its word, even {}, which leaves all open; a wrapper brings its own.
+    wrapper = schema if isinstance(schema, dict) and is_wrapper(schema) else {"schema": schema}
+    return {"type": "json_schema", "json_schema": wrapper}
+
+
+def _json(path: str) -> Any:
+    text = _read(path)
     try:
-        return {"type": "json_schema", "json_schema": json.loads(_read(path))}
+        return json.loads(text)
     except ValueError as error:
         raise ArgumentError(f"{path}: is not JSON: {error}") from error
     except RecursionError:

@@ -89,8 +89,7 @@ def _object_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unwrapped(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """The schema of OpenAI's wrapper around one; ``value`` itself when it is the schema."""
-    only_wrappers = _WRAPPER - {"description"}  # which is a word of schemas, too
-    if value.keys() - _WRAPPER and not value.keys() & only_wrappers:
+    if value.keys() - _WRAPPER and not is_wrapper(value):
         return value
     wrapper = _given(value)
     if "schema" not in wrapper:
@@ -100,6 +99,11 @@ def _unwrapped(value: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     _check_keys("json_schema of response_format", wrapper, _WRAPPER)
     return _mapping(wrapper["schema"])
+
+
+def is_wrapper(value: Mapping[str, Any]) -> bool:
+    """Whether ``value`` is meant as OpenAI's wrapper around a schema, by its keys."""
+    return bool(value.keys() & (_WRAPPER - {"description"}))  # which is a word of schemas, too
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

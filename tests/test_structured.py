@@ -282,6 +282,9 @@ def test_the_command_line_knows_the_options(
     ("schema", "message"),
     [
         ("[" * 5000, "is JSON nested too deep; make it flatter"),
+        ("{", "schema.json: is not JSON"),
+        ("[]", "the schema of response_format must be a mapping, found []"),
+        ('{"name": "person", "type": "object"}', "json_schema of response_format has no schema"),
         ('{"const": -Infinity}', "the schema of response_format is not JSON"),
         ('{"properties": {"\\ud800": {}}}', "the JSON schema cannot be honoured: it holds"),
     ],
@@ -297,3 +300,22 @@ def test_a_schema_file_that_cannot_be_honoured_is_said(
     file.write_text(schema)
     assert main(["run", "-m", str(converted), "--raw", "x", "--json-schema", str(file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_schema_file_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "x", "--json-schema", "no file"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("minflash: error: no file: cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    "schema", [{}, {"description": "any"}, {"const": 7}, {"name": "seven", "schema": {"const": 7}}]
+)
+def test_a_schema_file_is_a_schema_or_a_wrapper(
+    schema: Any, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema))
+    run = ["run", "-m", str(converted), "--device", "cpu", "--raw", "x", "--max-tokens", "9"]
+    assert main([*run, "--json-schema", str(file)]) == 0
+    assert capsys.readouterr().out == "7\n" or "const" not in json.dumps(schema)
