@@ -70,7 +70,7 @@ class Plan:
     gpu: str
     free_bytes: int | None
     fits: bool | None  # None: nothing is known of the memory
-    largest_context: int | None  # 0: not even the weights fit
+    largest_context: int | None  # 0: no room beside weights and workspace
     gb_per_s: float | None
     bandwidth_origin: str
     step_bytes_empty: int  # that one step reads at the first position

@@ -21,6 +21,7 @@ EPILOG = """examples:
 Only headers are read. The speed is an upper bound for one stream of text: the bandwidth divided by
 the bytes that a step must read. Bandwidth and memory of --gpu are datasheet figures; without --gpu
 and --memory they are those of this machine's GPU, the bandwidth measured. A gigabyte is 10^9 bytes.
+A model that does not fit is an answer too, with the exit code 0; "fits" of --json is then false.
 """
 _QUANTS = ("bf16", "fp16", "fp8", "int8", "int4")
 
@@ -116,10 +117,23 @@ def _fits(made: Plan) -> str:
         return "unknown"
     own = f"the model's own limit is {made.model_context}"
     if made.largest_context == 0:
-        return "no: not even the weights fit; take a smaller type with --quant, or a larger GPU"
+        return f"no: {_lacking(made)}; take a smaller type with --quant, or a larger GPU"
     if not made.fits:
         return f"no: the largest context that fits is {made.largest_context} ({own})"
     return f"yes; the largest context that fits is {made.largest_context} ({own})"
+
+
+def _lacking(made: Plan) -> str:
+    """What has no room where not even one position fits."""
+    from .gpu_memory import MARGIN_BYTES
+
+    if made.free_bytes is not None and made.weight_bytes > made.free_bytes:
+        return "not even the weights fit"
+    fixed = _size(made.weight_bytes + made.workspace_bytes)
+    return (
+        f"weights and workspace take {fixed} and {_size(MARGIN_BYTES)} stay free, which leaves no "
+        "room for keys and values"
+    )
 
 
 def _speed(made: Plan) -> str:

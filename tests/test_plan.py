@@ -184,6 +184,26 @@ def test_the_command_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ("4.9", "fits          no: not even the weights fit; take a smaller type with --quant"),
+        ("5", "no: weights and workspace take 5.06 GB and 0.27 GB stay free, which leaves no room"),
+        ("5.327", "no: weights and workspace take 5.06 GB and 0.27 GB stay free, which leaves no"),
+        ("6", "no: the largest context that fits is 5120 (the model's own limit is 131072)"),
+    ],
+)
+def test_what_does_not_fit_is_said_and_is_no_error(
+    memory: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--shape", "llama-3.1-8b", "--quant", "int4", "--context", "131072"]
+    assert main([*arguments, "--memory", memory]) == 0
+    text = capsys.readouterr().out
+    assert "4.99 GB" in text and words in text
+    assert main([*arguments, "--memory", memory, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["x", "--shape", "llama-3.1-8b"], "MODEL and --shape"),
