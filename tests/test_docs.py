@@ -179,6 +179,17 @@ def test_every_option_is_in_the_guide() -> None:
         assert name in text
 
 
+def test_every_public_name_is_in_the_reference() -> None:
+    import minflash
+
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    shown = set(re.findall(r"^::: (\S+)$", text, re.M))
+    homes = {name: f"minflash.{home}" for name, home in minflash._HOME.items()}
+    missing = [name for name, home in homes.items() if not {home, f"{home}.{name}"} & shown]
+    assert not missing
+    assert set(minflash.__all__) == {*homes, "__version__"} and "`minflash.__version__`" in text
+
+
 @pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason='mkdocs is not installed: pip install ".[docs]"')
