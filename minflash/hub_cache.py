@@ -21,10 +21,15 @@ _PREFIX = "models--"
 def hub_dir() -> Path:
     """HF_HUB_CACHE, else HF_HOME/hub, else XDG_CACHE_HOME/huggingface/hub, else in ~/.cache."""
     if chosen := os.environ.get("HF_HUB_CACHE"):
-        return Path(os.path.expandvars(chosen)).expanduser()
+        return _expanded(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{base}/huggingface"
-    return Path(os.path.expandvars(home)).expanduser() / "hub"
+    return _expanded(home) / "hub"
+
+
+def _expanded(path: str) -> Path:
+    """Where no home folder is known, ``~`` stays: nothing lies there."""
+    return Path(os.path.expanduser(os.path.expandvars(path)))
 
 
 def hub_models() -> list[CachedModel]:

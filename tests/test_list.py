@@ -197,3 +197,14 @@ def test_where_the_hub_keeps_its_models(
     for name, value in {"HOME": "/h", **variables}.items():
         monkeypatch.setenv(name, value)
     assert os.fspath(hub_dir()) == expected
+
+
+@pytest.mark.usefixtures("no_home")
+def test_the_list_needs_no_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HF_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MINFLASH_CACHE_DIR", str(tmp_path))
+    assert main(["list"]) == 0
+    assert "no models" in capsys.readouterr().out
