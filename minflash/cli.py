@@ -287,6 +287,10 @@ def _message(error: Exception) -> str:
         return "the memory is full; free some, or take a smaller model or a shorter --max-context"
     if isinstance(error, OSError):
         return str(error)
+    needed = ("numpy", "safetensors", "tokenizers")
+    if isinstance(error, ModuleNotFoundError) and error.name in needed:
+        # What is optional says itself how to install it.
+        return f"minflash needs {error.name}, which is not installed; pip install {error.name}"
     kind = type(error).__name__
     return f"unexpected {kind}: {error} (a bug of minflash; --debug shows where it happened)"
 

@@ -173,6 +173,16 @@ def test_a_bug_of_ours_is_one_line_too(capsys: Any, monkeypatch: Any) -> None:
     assert "unexpected KeyError" in error and "--debug" in error and error.count("\n") == 1
 
 
+def test_a_missing_dependency_is_named(tmp_path: Path) -> None:
+    """As after an installation without dependencies, the README's way to CUDA 13."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('none', name='numpy')")
+    command = [sys.executable, "-m", "minflash", "run", "hi"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(minflash.__file__).parents[1]}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    message = "minflash: error: minflash needs numpy, which is not installed; pip install numpy\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
 def test_device_cuda_without_a_gpu_is_an_error(capsys: Any, monkeypatch: Any, model: Path) -> None:
     monkeypatch.setattr("minflash.engine.cuda_problem", lambda: "no driver; install one")
     assert cli.main(["run", "-m", str(model), "--device", "cuda", "Hi"]) == 1
