@@ -202,6 +202,8 @@ class LLM:
         import numpy as np
 
         check_pooling(pooling)
+        if isinstance(text, Iterable) and not isinstance(text, (str, bytes, Mapping)):
+            text = list(text)  # type: ignore[assignment]
         if (several := texts(text)) is not None:
             return np.stack([self.embed(one, pooling=pooling) for one in several])
         tokens = self._fitting_tokens(text)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import hmac
 import ipaddress
 import json
 import re
+import socket
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from .server_answers import to_json
 from .server_errors import ApiError, Body
 
 Result = TypeVar("Result")
+
+# RFC 6761, and the domain kept for private networks, which containers call their machine by.
+_LOCAL_NAMES = (".localhost", ".internal")
 
 
 class JsonResponse(Response):
@@ -51,20 +55,30 @@ def check_host(request: Request, allowed: Collection[str]) -> None:
     """Raises ApiError when a connection within this machine was meant for a name elsewhere.
 
     Whoever owns a name can let it lead to 127.0.0.1. A browser then takes this server for the site
-    of their page, and lets the page ask and read (DNS rebinding).
+    of their page, and lets the page ask and read (DNS rebinding). Addresses lead nowhere else, and
+    nobody owns the names that are kept for local use.
     """
     address = request.scope.get("server") or ("", None)
     if not _is_loopback(address[0]) or "*" in allowed:
         return
     host = request.headers.get("host", "")
-    name = re.sub(r":[0-9]*$", "", host).strip("[]").lower()
-    if name != "localhost" and not _is_loopback(name) and name not in map(str.lower, allowed):
-        raise ApiError(
-            403,
-            f"this server answers to localhost and 127.0.0.1, not to the host {host!r:.100}; "
-            "start it with --allow-host NAME if that is a name of this machine",
-            code="host_not_allowed",
-        )
+    name = re.sub(r":[0-9]*$", "", host).strip("[]").rstrip(".").lower()
+    known = {"localhost", socket.gethostname().lower(), *map(str.lower, allowed)}
+    if name in known or name.endswith(_LOCAL_NAMES) or _is_address(name):
+        return
+    raise ApiError(
+        403,
+        f"this server answers to localhost and to addresses, not to the host {host!r:.100}; "
+        "start it with --allow-host NAME if that is a name of this machine",
+        code="host_not_allowed",
+    )
+
+
+def _is_address(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return False
 
 
 def _is_loopback(address: str) -> bool:

@@ -16,7 +16,7 @@ from .arguments import parse
 from .errors import MinflashError
 from .server_errors import ApiError, Body, invalid, unsupported, wrong
 from .server_messages import parse_messages
-from .server_tools import Tools, parse_tools
+from .server_tools import Tools, makes_one_call_at_most, parse_tools
 
 # Without effect on the answer.
 _HARMLESS = frozenset(
@@ -34,6 +34,7 @@ _NEUTRAL: Mapping[str, Any] = {
     "modalities": ["text"],
     "parallel_tool_calls": True,
     "top_logprobs": 0,
+    "response_format": {"type": "text"},
 }
 _REFUSED = {
     "n": "one request makes one answer: send it several times",
@@ -74,6 +75,8 @@ class Generation:
 
 def parse_chat(body: Body) -> Generation:
     """The body of POST /v1/chat/completions. Raises ApiError."""
+    if body.get("parallel_tool_calls") is False and makes_one_call_at_most(body):
+        body = {**body, "parallel_tool_calls": None}
     fields = _known(body, _CHAT)
     if "max_completion_tokens" in fields:
         if "max_tokens" in fields:

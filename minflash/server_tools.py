@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .server_errors import ApiError, Body, invalid, unsupported, wrong
+from .server_errors import ApiError, Body, invalid, wrong
 
 # For llguidance: one way to write a call, as models are used to. More spaces only cost tokens.
 _COMPACT = {"whitespace_pattern": "", "key_separator": ": ", "item_separator": ", "}
@@ -17,7 +17,9 @@ _ENDS = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")  # would cut a ca
 _DATA = ("const", "enum", "default", "examples")
 _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 # What a tool and its function may say.
-_TOOL, _FUNCTION = ("type", "function"), ("name", "description", "parameters", "strict")
+# The template sees all of it; what OpenAI's own format does not have is what clients add to it.
+_TOOL = ("type", "function", "id", "cache_control")
+_FUNCTION = ("name", "description", "parameters", "strict", "type", "returns", "response")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,6 @@ def parse_tools(fields: Body) -> Tools:
         return Tools()
     names = frozenset(functions)
     if choice == "auto":
-        _check_strict(functions)
         return Tools(tools or None, names)
     chosen = _chosen(choice, functions)
     for name in (*_FORMS, *_ENDS):
@@ -47,6 +48,11 @@ def parse_tools(fields: Body) -> Tools:
                 f"{name} and a tool_choice that asks for a call exclude each other; leave one out",
             )
     return Tools(tools, frozenset(chosen), _form(chosen))
+
+
+def makes_one_call_at_most(body: Body) -> bool:
+    """Whether ``parallel_tool_calls: false`` asks for nothing beyond what happens anyway."""
+    return not body.get("tools") or body.get("tool_choice") not in (None, "auto")
 
 
 def _functions(tools: Any) -> dict[str, Body]:
@@ -100,17 +106,6 @@ def _check_type(schema: Body, place: str) -> None:
             f'{place} must have the type "object", whose properties are the arguments; found '
             f"{kind!r:.60}: put the value under a name among its properties",
         )
-
-
-def _check_strict(functions: dict[str, Body]) -> None:
-    """Nothing makes arguments follow their schema where the model decides whether to call."""
-    for number, function in enumerate(functions.values()):
-        if function.get("strict"):
-            raise unsupported(
-                f"tools[{number}].function.strict",
-                "arguments follow the parameters only of a call that tool_choice asks for: leave "
-                'it out, or say "tool_choice": "required"',
-            )
 
 
 def _chosen(choice: Any, functions: dict[str, Body]) -> dict[str, Body]:

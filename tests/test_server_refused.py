@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -99,7 +100,10 @@ def test_media_types_are_case_insensitive(server: Server) -> None:
     assert error_of(server.post("/tokenize", {}, **{"Content-Type": "text/json"}))[0] == 415
 
 
-@pytest.mark.parametrize("host", ["page.example", "page.example:80", "127.0.0.1.page.example", ""])
+@pytest.mark.parametrize(
+    "host",
+    ["page.example", "page.example:80", "127.0.0.1.page.example", "localhost.page.example", ""],
+)
 def test_a_page_cannot_ask_under_its_own_name(server: Server, host: str) -> None:
     """Its name may lead here (DNS rebinding), and to a browser this is then the page's own site."""
     headers = {"Host": host, "Origin": f"http://{host}"}
@@ -110,8 +114,10 @@ def test_a_page_cannot_ask_under_its_own_name(server: Server, host: str) -> None
 
 
 def test_hosts_that_may_ask(server: Server, llm: minflash.LLM) -> None:
-    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "127.0.1.1", "[::1]:8000", "[::1]"):
-        assert server.get("/health", Host=host)[0] == 200
+    names = ("localhost", "LOCALHOST:8000", "localhost.", "a.localhost", "host.docker.internal:80")
+    addresses = ("127.0.0.1:1", "127.0.1.1", "[::1]:8000", "[::1]", "0.0.0.0:8000", "192.168.1.5")
+    for host in (*names, *addresses, socket.gethostname()):
+        assert server.get("/health", Host=host)[0] == 200, host
     with running(llm, Settings(hosts=("Chat.example",))) as other:
         assert other.get("/health", Host="chat.example:443")[0] == 200
         assert other.get("/health", Host="localhost")[0] == 200

@@ -293,21 +293,34 @@ def test_tools_that_cannot_be_obeyed(server: Server, fields: Any, param: str, co
     assert error_of(answer) == (400, param, code)
 
 
-def test_strict_holds_or_is_refused(client: openai.OpenAI) -> None:
-    tools: Any = [tool("time"), tool("weather", CITY)]
-    tools[1]["function"]["strict"] = True
-    with pytest.raises(openai.BadRequestError, match='"tool_choice": "required"') as caught:
-        ask(client, tools=tools)
-    assert caught.value.param == "tools[1].function.strict"
-    assert caught.value.code == "unsupported_parameter"
-    tools[0]["function"] |= {"strict": False, "parameters": None, "description": "tells it"}
-    assert ask(client, tools=tools[:1], max_tokens=1).finish_reason == "length"
-    assert ask(client, tools=tools, tool_choice="none", max_tokens=1).finish_reason == "length"
+def test_tools_as_openais_own_helper_makes_them(client: openai.OpenAI) -> None:
+    """It marks them as strict whatever the choice, and parse() takes no others."""
+    pydantic = pytest.importorskip("pydantic")
+    weather = pydantic.create_model("weather", city=(str, ...))
+    made: Any = openai.pydantic_function_tool(weather)
+    assert made["function"]["strict"] is True
+    assert ask(client, tools=[made], max_tokens=1).finish_reason == "length"
+    assert ask(client, tools=[made], tool_choice="none", max_tokens=1).finish_reason == "length"
     pytest.importorskip("llguidance", reason="llguidance is not installed")
-    ((_, arguments),) = plain(
-        ask(client, tools=tools[1:], tool_choice="required").message.tool_calls
-    )
-    assert arguments in ({"city": "Rome"}, {"city": "Oslo"})
+    demanded = ask(client, tools=[made], tool_choice="required", max_tokens=200)
+    assert demanded.finish_reason in ("tool_calls", "length")
+
+
+def test_what_clients_add_to_tools_is_taken(client: openai.OpenAI) -> None:
+    more: Any = {**tool("time"), "id": "t1", "cache_control": {"type": "ephemeral"}}
+    more["function"] = {**more["function"], "type": "function", "returns": {"type": "string"}}
+    assert ask(client, tools=[more], max_tokens=1).finish_reason == "length"
+
+
+def test_one_call_at_most_where_no_more_can_be(client: openai.OpenAI) -> None:
+    one = {"parallel_tool_calls": False, "max_tokens": 1}
+    assert ask(client, tools=[], **one).finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="parallel_tool_calls"):
+        ask(client, tools=[tool("time")], **one)
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    options: Any = {"tools": [tool("time")], "tool_choice": "required"}
+    text = {"type": "text"}
+    assert ask(client, **options, **one, response_format=text).finish_reason == "length"
 
 
 @pytest.mark.parametrize(
