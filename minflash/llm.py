@@ -31,7 +31,7 @@ from .context import room, too_long
 from .errors import ArgumentError, ContextError, MinflashError, TokenizerError
 from .generation import Job, run
 from .sampling import Sampling
-from .scoring import Score, check_pooling, pool, score, texts
+from .scoring import Score, check_pooling, pool, score, text_or_list
 from .structured import Grammar, GrammarConstraint, Grammars
 from .turns import Turns
 
@@ -192,7 +192,7 @@ class LLM:
             return score(tokens, self._engine.logit_parts(tokens))
 
     def embed(
-        self, text: str | Sequence[int] | Sequence[str], *, pooling: str = "mean"
+        self, text: str | Iterable[int] | Iterable[str], *, pooling: str = "mean"
     ) -> NDArray[np.float32]:
         """float32 [dim] of one text (or its token ids), [n, dim] of several, each of length 1.
 
@@ -202,11 +202,9 @@ class LLM:
         import numpy as np
 
         check_pooling(pooling)
-        if isinstance(text, Iterable) and not isinstance(text, (str, bytes, Mapping)):
-            text = list(text)  # type: ignore[assignment]
-        if (several := texts(text)) is not None:
-            return np.stack([self.embed(one, pooling=pooling) for one in several])
-        tokens = self._fitting_tokens(text)  # type: ignore[arg-type]
+        if isinstance(given := text_or_list(text), list) and isinstance(given[0], str):
+            return np.stack([self.embed(one, pooling=pooling) for one in given])
+        tokens = self._fitting_tokens(given)
         with self._turn():
             return pool(self._engine.hidden(tokens), pooling)
 
@@ -277,7 +275,7 @@ class LLM:
 
     def _close(self) -> None:
         self._closed = True
-        self._grammars = None  # 30 MB of the default model's
+        self._grammars = None  # they hold the vocabulary in a form of their own
         self._engine.close()
 
     def _check_open(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,23 +52,23 @@ def pool(hidden: NDArray[np.float32], pooling: str) -> NDArray[np.float32]:
     return np.asarray(vector / length if length else vector, dtype=np.float32)
 
 
-def texts(text: Any) -> Sequence[str] | None:
-    """The texts when there are several; None for one, as a string or as token ids.
+def text_or_list(text: Any) -> Any:
+    """What to embed: one text as it is, several or token ids as a list, of one kind.
 
     Raises ArgumentError for what is none of these, or nothing at all.
     """
     if isinstance(text, str):
-        return None
-    listed = isinstance(text, (Sequence, np.ndarray)) and not isinstance(text, bytes)
-    if not listed or not len(text):
+        return text
+    listed = isinstance(text, Iterable) and not isinstance(text, (bytes, Mapping))
+    given = list(text) if listed else []
+    if not given:
         raise ArgumentError(
             "embed takes a string, a list of strings or a list of token ids, none of them empty, "
             f"found {text!r:.60}"
         )
-    strings = [one for one in text if isinstance(one, str)]
-    if strings and len(strings) < len(text):
-        raise ArgumentError(f"embed takes strings or token ids, not both, found {text!r:.60}")
-    return strings or None
+    if len({isinstance(one, str) for one in given}) > 1:
+        raise ArgumentError(f"embed takes strings or token ids, not both, found {given!r:.60}")
+    return given
 
 
 def check_pooling(pooling: str) -> None:

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help="answer to this host name too, where clients of this machine, as a proxy, send it; "
-        "* is all (may be repeated; default: localhost only)",
+        "* is all (may be repeated; addresses and localhost always pass)",
     )
     add(
         "--max-request-bytes",

@@ -61,7 +61,7 @@ class Settings:
     api_key: str | None = None  # None: everybody may ask
     queue: int = 16  # requests that may wait beside the running one
     cors: tuple[str, ...] = ()  # origins whose pages may ask; "*": all
-    hosts: tuple[str, ...] = ()  # names beside localhost that this machine is asked by; "*": all
+    hosts: tuple[str, ...] = ()  # further names that this machine is asked by; "*": all
     max_request_bytes: int = 4 << 20
 
 

@@ -55,7 +55,7 @@ def test_embeddings(llm: LLM) -> None:
     np.testing.assert_allclose(both, [one, other], atol=1e-6)
     np.testing.assert_array_equal(llm.embed(list(b"The sky")), one)
     np.testing.assert_array_equal(llm.embed(np.array(llm.tokenize("The sky"))), one)
-    np.testing.assert_array_equal(llm.embed(text for text in ("The sky", "A dog")), both)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(llm.embed(text for text in ("The sky", "A dog")), both)
     assert one.shape == (llm.config.dim,) and one.dtype == np.float32
     assert np.linalg.norm(one) == pytest.approx(1.0, abs=1e-5)
     hidden = llm._engine.hidden(list(b"The sky"))
