@@ -25,8 +25,8 @@ _HARMLESS = frozenset(
         *("prompt_cache_key", "prompt_cache_retention", "prediction"),
     )
 )
-# Values of fields that the library does not have, which ask for nothing beyond what happens anyway.
-# A sampling field is never left out: its neutral value may differ from the model's default.
+# Values that ask for nothing beyond what happens anyway, whatever the model's defaults are: of a
+# sampling field none is left out, for a model may have another default.
 _NEUTRAL: Mapping[str, Any] = {
     "n": 1,
     "best_of": 1,
