@@ -21,18 +21,6 @@ struct Bins {
   u64 total;          // the softmax's denominator of those, in 2^-44
 };
 
-struct alignas(8) Entry {
-  u32 key, token;
-};
-
-// What blocks share while they rank. All but the bins is zero between two steps.
-struct Tail {
-  u32 top_score, top_logit;  // as keys
-  u64 entries;               // of the two lists: scores, and logits << 32
-  Bins bins;
-};
-static_assert(sizeof(Tail) == kTailBytes, "Tail differs from TAIL_BYTES of workspace.py");
-
 // Floats as integers that compare alike.
 __device__ __forceinline__ u32 ordered(float v) {
   const u32 bits = __float_as_uint(v + 0.0f);  // -0 is 0
@@ -40,11 +28,39 @@ __device__ __forceinline__ u32 ordered(float v) {
 }
 __device__ __forceinline__ float unordered(u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
-// The bin of a value: 64 an octave of its distance from the top, from 2^-4 to 2^12. Never falls as the
-// distance grows.
+// One of a list.
+struct alignas(16) Entry {
+  u32 key, token;
+  float drawn;   // a score with its noise
+  u32 weighted;  // as top_p weighs it, but 2^32 - 1 for 2^32, next to which there is none
+  static __device__ __forceinline__ Entry of(float value, u32 token, float drawn, u64 weight) {
+    return {ordered(value), token, drawn, (u32)(weight - (weight >> 32))};
+  }
+  __device__ __forceinline__ u64 weight() const { return weighted + (u64)(weighted == 0xffffffffu); }
+};
+
+// What blocks share while they rank. All of it is zero between two steps.
+struct alignas(16) Tail {
+  Bins bins;
+  u64 entries;  // of the two lists: scores, and logits << 32
+};
+static_assert(sizeof(Tail) == kTailBytes, "Tail differs from TAIL_BYTES of workspace.py");
+
+// Bins, as a power of two, of each octave of a value's distance from the top: from 2^-4 to 2^12. Most lie where top_p
+// ends in flat distributions, so that few values share the bin at its edge.
+__device__ constexpr int kOctaveBits[] = {4, 4, 5, 5, 6, 7, 8, 8, 6, 5, 5, 4, 4, 4, 4, 4};
+struct Octave { int shift, less; };  // of a distance's bits, to its bin
+__device__ constexpr int bins_before(int octave) { return octave == 0 ? 0 : bins_before(octave - 1) + (1 << kOctaveBits[octave - 1]); }
+__device__ constexpr Octave octave(int i) { return {23 - kOctaveBits[i], ((123 + i) << kOctaveBits[i]) - bins_before(i)}; }
+static_assert(bins_before(16) <= kBins, "each octave's bins follow those of the one before");
+__constant__ Octave kOctaves[] = {octave(0), octave(1), octave(2),  octave(3),  octave(4),  octave(5),  octave(6),  octave(7),
+                                  octave(8), octave(9), octave(10), octave(11), octave(12), octave(13), octave(14), octave(15)};
+
+// The bin of a value. Never falls as the distance grows.
 __device__ __forceinline__ int bin_of(float top, float v) {
-  const int bin = int(__float_as_uint(top - v) >> 17) - (123 << 6);
-  return bin < 0 ? 0 : smaller(bin, kBins - 1);
+  const u32 bits = __float_as_uint(top - v);
+  const int octave = int(bits >> 23) - 123;
+  return octave < 0 ? 0 : octave > 15 ? kBins - 1 : int(bits >> kOctaves[octave].shift) - kOctaves[octave].less;
 }
 
 // A place in shared memory for what one thread tells all.
@@ -52,6 +68,22 @@ template <class Map, class Told>
 __device__ __forceinline__ Told& told() {
   static_assert(16 * kWarps + sizeof(Told) <= 256, "it lies behind what warps tell, in the room of _REDUCE_BYTES of tuning.py");
   return *reinterpret_cast<Told*>(Shared<Map>::scratch() + Map::kReduce + 16 * kWarps);
+}
+
+// The largest values of scores and of logits, as keys.
+struct Tops {
+  u32 score, logit;
+};
+// Over the block's consumers. `room`: 0 or 1, so that two calls one after the other need nothing between them.
+template <class Map>
+__device__ __noinline__ Tops largest(Tops mine, int room) {
+  Tops* warps = reinterpret_cast<Tops*>(Shared<Map>::scratch() + Map::kReduce + room * 8 * kWarps);  // [kWarps]
+  mine = {redux_sync_max(mine.score), redux_sync_max(mine.logit)};
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
+  sync_consumers();  // publishes the warps' largest, and the block's empty bins
+#pragma unroll
+  for (int w = 0; w < kWarps; w++) mine = {max(mine.score, warps[w].score), max(mine.logit, warps[w].logit)};
+  return mine;
 }
 
 struct Sums {
@@ -88,7 +120,7 @@ __device__ __forceinline__ void add_wide(u64* sum, u64 v) {
 }
 
 // What a value counts for in a softmax where the largest counts for `unit`: top_p weighs scores in 2^-32.
-__device__ __noinline__ u64 weight_of(float v, float top, float unit = 4294967296.0f) { return (u64)(expf(v - top) * unit); }
+__device__ __forceinline__ u64 weight_of(float v, float top, float unit = 4294967296.0f) { return (u64)(expf(v - top) * unit); }
 
 // Calls use(place, entry) for this thread's part of a list; many reads are on their way at a time.
 template <class Use>
@@ -148,14 +180,35 @@ __device__ __forceinline__ u64 order_of(Entry entry) { return (u64)entry.key << 
 struct Measure {
   bool counts;
   u32 least;  // key that top_k keeps
-  float top;
   __device__ __forceinline__ u64 operator()(Entry entry) const {
-    return counts ? 1 : entry.key >= least ? weight_of(unordered(entry.key), top) : 0;
+    return counts ? 1 : entry.key >= least ? entry.weight() : 0;
   }
 };
 
 // The largest key for which the weights of the entries with that key or a larger one reach the goal, which
-// all entries together do. Of the range of keys, and then of the part of it in which the goal is reached,
+// all entries together do. Each entry of a short list is compared with all of them.
+constexpr int kShort = kConsumers / 2;
+template <class Map>
+__device__ __noinline__ u32 select_of_few(List list, u64 goal, Measure measure) {
+  sync_consumers();  // nobody reads what was told before
+  if (threadIdx.x < list.count) {
+    const u32 key = list.entries[threadIdx.x].key;
+    u64 before = 0, equal = 0;
+    bool first = true;  // of the entries with its key
+#pragma unroll 4
+    for (u32 i = 0; i < list.count; i++) {
+      const Entry other = list.entries[i];
+      const u64 weight = measure(other);
+      if (other.key > key) before += weight;
+      if (other.key == key) equal += weight, first &= i >= threadIdx.x;
+    }
+    if (first && before < goal && before + equal >= goal) told<Map, u32>() = key;
+  }
+  sync_consumers();  // publishes the key
+  return told<Map, u32>();
+}
+
+// The same of a list of any length. Of the range of keys, and then of the part of it in which the goal is reached,
 // 1024 parts are weighed at a time, the one of the largest keys first. by_token: keys are order_of().
 template <class Map>
 __device__ __noinline__ u64 select(List list, bool by_token, u64 goal, Measure measure) {

@@ -1,7 +1,9 @@
 // The tail of a step: the next token. The algorithm is minflash/sampling.py's, word for word.
 // Greedy and plain temperature need one candidate per block. Filters and log-probabilities rank values of
-// the whole vocabulary (ranking.cuh), for which the blocks meet twice.
+// the whole vocabulary (ranking.cuh): blocks tell each other their largest values, then meet once.
 #pragma once
+#include "adjust.cuh"
+#include "noise.cuh"
 #include "ranking.cuh"
 
 constexpr u32 kNoToken = 0xffffffffu;   // no logit is a number
@@ -25,54 +27,6 @@ struct Report {
 
 namespace sampler {
 using namespace ranking;
-
-// Philox4x32-10: word `token % 4` for counter (token / 4, position, 0, 0).
-__device__ __forceinline__ u32 random_bits(u64 seed, u32 token, u32 position) {
-  u32 c[4] = {token / 4, position, 0, 0}, k0 = (u32)seed, k1 = (u32)(seed >> 32);
-#pragma unroll 1
-  for (int round = 0; round < 10; round++) {
-    const u64 p0 = (u64)0xD2511F53u * c[0], p1 = (u64)0xCD9E8D57u * c[2];
-    const u32 c0 = (u32)(p1 >> 32) ^ c[1] ^ k0, c2 = (u32)(p0 >> 32) ^ c[3] ^ k1;
-    c[1] = (u32)p1, c[3] = (u32)p0, c[0] = c0, c[2] = c2;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  const u32 word = token % 4;
-  return word == 0 ? c[0] : word == 1 ? c[1] : word == 2 ? c[2] : c[3];
-}
-// Gumbel noise.
-__device__ __noinline__ float noise(u64 seed, u32 token, u32 position) {
-  const u32 bits = random_bits(seed, token, position);
-  const float v = fminf((float(bits) + 0.5f) * 2.3283064365386963e-10f, 0.99999994f);
-  return -logf(-log1pf(-v));
-}
-
-// A word a token: how often the answer has it (low bits), and these.
-constexpr u32 kInPrompt = 0x80000000u, kEndsAnswer = 0x40000000u, kCount = 0x3fffffffu;
-
-// What the host and earlier steps noted of the tokens `row` and `row` + 8.
-struct Noted {
-  uint2 low, high;  // word, bias
-  u32 allowed;      // bits 0 and 8: those of the mask
-};
-__device__ __forceinline__ Noted read_noted(const StepArgs& args, int row) {
-  const Workspace work(args);
-  Noted noted{{0, 0}, {0, 0}, 0xffffffffu};
-  if (args.adjust) noted.low = ld_cg(work.noted() + smaller(row, model::kVocab - 1)), noted.high = ld_cg(work.noted() + smaller(row + 8, model::kVocab - 1));
-  if (args.mask) noted.allowed = ld_cg(work.mask() + smaller(row, model::kVocab - 1) / 32) >> row % 32;
-  return noted;
-}
-
-// Steps a to e of sampling.py, each rounded on its own as there.
-__device__ __forceinline__ float adjusted(const StepArgs& args, float logit, uint2 noted, bool allowed) {
-  if (args.adjust) {
-    logit = __fadd_rn(logit, __uint_as_float(noted.y));
-    if (noted.x & (kInPrompt | kCount)) logit = logit > 0 ? logit / args.repetition : __fmul_rn(logit, args.repetition);
-    const float count = float(noted.x & kCount);
-    if (count > 0) logit = __fadd_rn(logit, -__fadd_rn(args.presence, __fmul_rn(args.frequency, count)));
-    if (args.ban_ends && noted.x & kEndsAnswer) logit = -kInfinity;
-  }
-  return allowed ? logit : -kInfinity;
-}
 
 // The best of the block's candidates; all threads have it.
 template <class Map>
@@ -121,18 +75,14 @@ struct Choice {
   }
 
   // Tells the next launch and the host.
-  __device__ void finish(GridBarrier& grid) {
+  __device__ void finish(Exchange<Map>& exchange) {
     Bounds bounds{};
     if (filters || ranks) {
       empty_bins();
-      share_tops();
-      if (kRounds == 1) read(0);  // what comes while the others are waited for
-      grid.sync();  // publishes the largest values and empty bins
-      const uint2 tops = ld_cg(reinterpret_cast<const uint2*>(work.tail()));
-      top_score = unordered(tops.x), top_logit = unordered(tops.y);
-      if (args.min_p > 0) least_key = ordered(top_score + logf(args.min_p));
+      agree_on_tops(exchange);
       fill_bins();
-      grid.sync();  // publishes the bins
+      if (kRounds == 1 && filters) each_kept([&](Quad& quad) { draw(quad); });  // while the bins are on their way
+      exchange.grid.sync();  // publishes the bins
       bounds = find_bounds<Map>(work.tail()->bins, top_k(), filters ? args.top_p : 1, ranks ? n_likeliest() : 0);
       sort_out(bounds);
     }
@@ -141,16 +91,22 @@ struct Choice {
     if (filters && (u32)entries) settle(bounds, (u32)entries);
     if (ranks) report_likeliest(entries >> 32);
     if (filters || ranks) sync_consumers();  // the report is complete
-    if (threadIdx.x != 0) return;
-    tell();
-    if (filters || ranks) work.tail()->top_score = work.tail()->top_logit = 0, work.tail()->entries = 0;
+    if (threadIdx.x == 0) tell();
+    if (filters || ranks) leave_empty();
   }
 
  private:
-  // A thread's tokens are read so many at a time, and kept where those are all.
-  static constexpr int kPart = ceil_div(ceil_div(tensors::head.row_blocks(), kGrid) * 16, kConsumers);
-  static constexpr int kBatch = smaller(kPart, 8), kRounds = ceil_div(kPart, kBatch);
-  float scores[kBatch], logits[kBatch];  // what nobody asks for is -infinity
+  // Four neighbouring tokens of those that the block has seen, without regard to what thread has. A thread has kQuads of
+  // them, reads kKept at a time, and keeps them where those are all.
+  struct Quad {
+    int token;                   // the first; kVocab: there are none
+    float score[4], logit[4];    // what nobody asks for is -infinity
+    int bin[4], logit_bin[4];    // kNoBin: of none
+    float drawn[4];              // the scores with their noise
+  };
+  static constexpr int kQuads = ceil_div(ceil_div(tensors::head.row_blocks(), kGrid) * 4, kConsumers);
+  static constexpr int kKept = smaller(kQuads, 2), kRounds = ceil_div(kQuads, kKept), kNoBin = kBins + 1;
+  Quad kept[kKept];
 
   __device__ __forceinline__ float noisy(float score, u32 token) const {
     return args.greedy ? score : score + noise(args.seed, token, args.position + args.n_columns);
@@ -178,56 +134,72 @@ struct Choice {
     }
   }
 
-  // The tokens that the block has seen, without regard to what thread has; token_of gives one past the
-  // vocabulary for what is none.
-  __device__ __forceinline__ int token_of(int round, int i) const {
-    const int before = (round * kBatch + i) * kConsumers, mine = threadIdx.x;  // before: of other threads, whole row blocks
-    return before + mine < 16 * share.count ? share.first * 16 + mine / 16 * kGrid * 16 + mine % 16 + before * kGrid : model::kVocab;
-  }
   __device__ __forceinline__ void read(int round) {
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) {
-      const int token = token_of(round, i);
-      scores[i] = filters && token < model::kVocab ? ld_cg(work.scores() + token) : -kInfinity;
-      logits[i] = ranks && token < model::kVocab ? ld_cg(last_logits() + token) : -kInfinity;
+    for (int k = 0; k < kKept; k++) {
+      const int place = (round * kKept + k) * kConsumers + threadIdx.x;  // four to a row block
+      kept[k].token = place < 4 * share.count ? (share.first + place / 4 * kGrid) * 16 + place % 4 * 4 : model::kVocab;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const int token = kept[k].token + j;
+        kept[k].score[j] = filters && token < model::kVocab ? ld_cg(work.scores() + token) : -kInfinity;
+        kept[k].logit[j] = ranks && token < model::kVocab ? ld_cg(last_logits() + token) : -kInfinity;
+      }
     }
   }
-  // Calls use(token, score, logit) for those of a round, and leaves them in their places.
-  template <class Use>
-  __device__ __forceinline__ void each_token(int round, Use use) {
-#pragma unroll 1
-    for (int i = 0; i < kBatch; i++) {
-      const float score = scores[0], logit = logits[0];
-      use(token_of(round, i), score, logit);
+  __device__ __forceinline__ void find_bins(Quad& quad) const {
 #pragma unroll
-      for (int j = 1; j < kBatch; j++) scores[j - 1] = scores[j], logits[j - 1] = logits[j];
-      scores[kBatch - 1] = score, logits[kBatch - 1] = logit;
+    for (int j = 0; j < 4; j++) {
+      quad.bin[j] = quad.score[j] > -kInfinity ? bin_of(top_score, quad.score[j]) : kNoBin;
+      quad.logit_bin[j] = quad.logit[j] > -kInfinity ? bin_of(top_logit, quad.logit[j]) : kNoBin;
+    }
+  }
+  __device__ __forceinline__ void draw(Quad& quad) const {
+    if (quad.token >= model::kVocab) return;
+    const Words words = random_words(args.seed, quad.token, args.position + args.n_columns);
+#pragma unroll
+    for (int j = 0; j < 4; j++) quad.drawn[j] = quad.score[j] + gumbel(words.of[j]);
+  }
+  // Calls use(quad) for those that are kept, and leaves them in their places.
+  template <class Use>
+  __device__ __forceinline__ void each_kept(Use use) {
+#pragma unroll 1
+    for (int k = 0; k < kKept; k++) {
+      Quad quad = kept[0];
+      use(quad);
+#pragma unroll
+      for (int i = 1; i < kKept; i++) kept[i - 1] = kept[i];
+      kept[kKept - 1] = quad;
     }
   }
 
-  // The block's bins in shared memory, and its part of the grid's. The lists have been in device memory since
-  // the step before; what is read of a line that is not written as a whole would be waited for.
+  // The block's bins in shared memory. The lists have been in device memory since the step before; what is read
+  // of a line that is not written as a whole would be waited for.
   __device__ __forceinline__ void empty_bins() {
     static_assert(sizeof(Bins) <= Map::kReduce, "the bins take scratch, as _RANKING_BYTES of tuning.py says");
     uint4* vectors = reinterpret_cast<uint4*>(Shared<Map>::scratch());
 #pragma unroll 1
     for (int i = threadIdx.x; i < sizeof(Bins) / 16; i += kConsumers) vectors[i] = make_uint4(0, 0, 0, 0);
-    u64* words = reinterpret_cast<u64*>(&work.tail()->bins);
-#pragma unroll 1
-    for (int i = blockIdx.x * kConsumers + threadIdx.x; i < sizeof(Bins) / 8; i += kGrid * kConsumers) words[i] = 0;
     const int line = threadIdx.x * (128 / int(sizeof(Entry)));
     if (blockIdx.x == 0 && line < model::kVocab) prefetch_l2(work.listed() + line), prefetch_l2(work.ranked() + line);
   }
 
-  __device__ __forceinline__ void share_tops() {
-    if (filters) {
-      const float score = best_of_block<Map>({top_score, 0}).score;
-      if (threadIdx.x == 0) red_max(&work.tail()->top_score, ordered(score));
+  // The largest values of all blocks: each tells its own in words with the number of the phase.
+  __device__ __forceinline__ void agree_on_tops(Exchange<Map>& exchange) {
+    const Tops mine = largest<Map>({ordered(top_score), ordered(top_logit)}, 0);
+    u64* words = work.tops();  // [kGrid][2]
+    if (threadIdx.x == 0) exchange.put(words + 2 * blockIdx.x, mine.score), exchange.put(words + 2 * blockIdx.x + 1, mine.logit);
+    if (kRounds == 1) read(0);  // while those are on their way
+    Tops all = mine;
+#pragma unroll 1
+    for (int block = threadIdx.x; block < kGrid; block += kConsumers) {
+      u32 keys[2];
+      exchange.get({words + 2 * block, words + 2 * block + 1}, 0, keys);
+      all = {max(all.score, keys[0]), max(all.logit, keys[1])};
     }
-    if (ranks) {
-      const float logit = best_of_block<Map>({top_logit, 0}).score;
-      if (threadIdx.x == 0) red_max(&work.tail()->top_logit, ordered(logit));
-    }
+    all = largest<Map>(all, 1);
+    top_score = unordered(all.score), top_logit = unordered(all.logit);
+    if (args.min_p > 0) least_key = ordered(top_score + logf(args.min_p));
   }
 
   // Counts the block's part in shared memory, as far as it is asked for, then adds that to the grid's bins.
@@ -238,15 +210,18 @@ struct Choice {
 #pragma unroll 1
     for (int round = 0; round < kRounds; round++) {
       if (kRounds > 1) read(round);
-      each_token(round, [&](int, float score, float logit) {
-        if (score > -kInfinity) {
-          const int bin = bin_of(top_score, score);
-          if (counts) atomicAdd(bins.count + bin, 1u);
-          if (weighs) add_wide(bins.weight + bin, weight_of(score, top_score));
-        }
-        if (logit > -kInfinity) {
-          atomicAdd(bins.logits + bin_of(top_logit, logit), 1u);
-          total += weight_of(logit, top_logit, 17592186044416.0f);
+      each_kept([&](Quad& quad) {
+        find_bins(quad);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (quad.bin[j] < kBins) {
+            if (counts) atomicAdd(bins.count + quad.bin[j], 1u);
+            if (weighs) add_wide(bins.weight + quad.bin[j], weight_of(quad.score[j], top_score));
+          }
+          if (quad.logit_bin[j] < kBins) {
+            atomicAdd(bins.logits + quad.logit_bin[j], 1u);
+            total += weight_of(quad.logit[j], top_logit, 17592186044416.0f);
+          }
         }
       });
     }
@@ -267,29 +242,40 @@ struct Choice {
   // Scores that are kept for certain become candidates; those at the edge are listed, and so are the
   // likeliest logits: all of a block's side by side.
   __device__ __forceinline__ void sort_out(const Bounds& bounds) {
-    const auto is_listed = [&](float score) {
-      const int bin = bin_of(top_score, score);
-      return score > -kInfinity && bin >= bounds.first && bin <= bounds.last;
-    };
-    const auto is_likely = [&](float logit) { return logit > -kInfinity && bin_of(top_logit, logit) <= bounds.ranked; };
+    const auto is_listed = [&](int bin) { return bin >= bounds.first && bin <= bounds.last; };
+    const auto is_likely = [&](int bin) { return bin <= bounds.ranked; };
 #pragma unroll 1
     for (int round = 0; round < kRounds; round++) {
-      if (kRounds > 1) read(round);
+      if (kRounds > 1) {
+        read(round);
+        each_kept([&](Quad& quad) {
+          find_bins(quad);
+          if (filters) draw(quad);
+        });
+      }
       u64 mine = 0, begin = 0;
-      each_token(round, [&](int, float score, float logit) { mine += (u64)is_likely(logit) << 32 | is_listed(score); });
+      each_kept([&](Quad& quad) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) mine += (u64)is_likely(quad.logit_bin[j]) << 32 | is_listed(quad.bin[j]);
+      });
       const Sums sums = sum_before<Map>(mine);
       if (sums.all && threadIdx.x == 0) begin = atom_add(&work.tail()->entries, sums.all);
-      each_token(round, [&](int token, float score, float) {  // while that is on its way
-        if (score > -kInfinity && bin_of(top_score, score) < bounds.first && ordered(score) >= least_key) best.offer(noisy(score, token), token);
+      each_kept([&](Quad& quad) {  // while that is on its way
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          if (quad.bin[j] < bounds.first && ordered(quad.score[j]) >= least_key) best.offer(quad.drawn[j], quad.token + j);
       });
       if (!sums.all) continue;
       if (threadIdx.x == 0) told<Map, u64>() = begin;
       sync_consumers();  // publishes where the block's entries begin
       begin = told<Map, u64>() + sums.before;
       u32 at = (u32)begin, at_likely = begin >> 32;
-      each_token(round, [&](int token, float score, float logit) {
-        if (is_listed(score)) work.listed()[at++] = {ordered(score), (u32)token};
-        if (is_likely(logit)) work.ranked()[at_likely++] = {ordered(logit), (u32)token};
+      each_kept([&](Quad& quad) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (is_listed(quad.bin[j])) work.listed()[at++] = Entry::of(quad.score[j], quad.token + j, quad.drawn[j], weight_of(quad.score[j], top_score));
+          if (is_likely(quad.logit_bin[j])) work.ranked()[at_likely++] = Entry::of(quad.logit[j], quad.token + j, 0, 0);
+        }
       });
     }
   }
@@ -321,13 +307,13 @@ struct Choice {
   // Where in the listed bins the filters end.
   __device__ __forceinline__ void settle(const Bounds& bounds, u32 count) {
     const List list = bring<Map>(work.listed(), count);
-    Measure measure{true, 0, top_score};
+    Measure measure{true, 0};
     u32 least = least_key;
     u64 goal = bounds.rank;
 #pragma unroll 1
     for (int filter = 0; filter < 2; filter++) {  // top_k, top_p
       if (goal) {
-        const u32 key = (u32)select<Map>(list, false, goal, measure);
+        const u32 key = count <= kShort ? select_of_few<Map>(list, goal, measure) : (u32)select<Map>(list, false, goal, measure);
         if (measure.counts) measure.least = key;
         least = max(least, key);
       }
@@ -335,7 +321,7 @@ struct Choice {
       if (filter == 0 && args.top_p < 1) goal = share_of(args.top_p, mass(bounds, list, measure)) - bounds.weight;
     }
     each_entry(list.entries, count, [&](u32, Entry entry) {
-      if (entry.key >= least) best.offer(noisy(unordered(entry.key), entry.token), entry.token);
+      if (entry.key >= least) best.offer(entry.drawn, entry.token);
     });
     best = best_of_block<Map>(best);
   }
@@ -358,7 +344,7 @@ struct Choice {
     if (count > kConsumers && n_likeliest()) {
       const List near = bring<Map>(list, count);
       list = near.entries;
-      least = select<Map>(near, true, n_likeliest(), {true, 0, 0});
+      least = select<Map>(near, true, n_likeliest(), {true, 0});
     }
     Entry* some = reinterpret_cast<Entry*>(Shared<Map>::scratch());  // [kConsumers]
     if (threadIdx.x == 0) told<Map, u32>() = 0;
@@ -376,6 +362,13 @@ struct Choice {
       if (place < n_likeliest()) report->likeliest[place] = {mine.token, unordered(mine.key)};
     }
     if (threadIdx.x == 0) report->total = ld_cg(&work.tail()->bins.total), report->top = top_logit, report->chosen = chosen;
+  }
+
+  // For the next step that ranks. All blocks have read the bins: they arrived afterwards.
+  __device__ __forceinline__ void leave_empty() {
+    u64* words = reinterpret_cast<u64*>(work.tail());
+#pragma unroll 1
+    for (int i = threadIdx.x; i < sizeof(Tail) / 8; i += kConsumers) words[i] = 0;
   }
 
   __device__ __forceinline__ void tell() {

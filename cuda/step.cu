@@ -133,7 +133,7 @@ __device__ void consume(const StepArgs& args) {
         choice.see(row, column, normed<Map>(column, low), normed<Map>(column, high), noted);
       },
       [&](int row, int) { return choice.fetch(row); });
-  choice.finish(exchange.grid);
+  choice.finish(exchange);
 }
 
 template <class Map>

@@ -44,7 +44,7 @@ from .workspace import (
 
 KERNELS = ("step_one", "step_many")
 PREFILLS = ("prefill", "prefill_few")  # kernels that read prompts: the second up to FEW_TOKENS
-TAIL_BARRIERS = 2  # of a step that ranks the vocabulary, beside the layers'
+TAIL_BARRIERS = 1  # of a step that ranks the vocabulary, beside the layers'
 ALARM_GRID_BARRIER, ALARM_RING, ALARM_WORD = 1, 2, 3  # what was waited for in vain
 _ALIGN = 256  # bytes, of every tensor on the device
 _ABSENT = 0xFFFFFFFFFFFFFFFF

@@ -9,7 +9,7 @@ from .packing import Layout
 from .tuning import ATTENTION_ROWS, MANY_COLUMNS, Tuning
 
 PHASES_PER_LAYER = 5
-TAIL_BYTES = 16408  # of struct Tail in cuda/ranking.cuh
+TAIL_BYTES = 16400  # of struct Tail in cuda/ranking.cuh
 PROFILE_MARKS = 4  # of a phase, as in cuda/profile.cuh
 _ALIGN = 256  # bytes, of every part
 _TYPES = {
@@ -18,7 +18,7 @@ _TYPES = {
     "team_arrivals": "u32", "prefill_arrivals": "u32", "team_sums": "float2", "qkv": "float",
     "attended": "u16", "hidden": "u16", "logits": "float", "partials": "float", "profile": "u64",
     "residual_words": "u64", "qkv_words": "u64", "attended_words": "u64", "hidden_words": "u64",
-    "tail": "ranking::Tail", "scores": "float", "listed": "ranking::Entry",
+    "tail": "ranking::Tail", "tops": "u64", "scores": "float", "listed": "ranking::Entry",
     "ranked": "ranking::Entry", "noted": "uint2", "mask": "u32",
     "prefill_parts": "uint4",
 }  # fmt: skip
@@ -65,14 +65,16 @@ def workspace_offsets(
         "hidden": 2 * MANY_COLUMNS * config.hidden_dim,
         "logits": 4 * MANY_COLUMNS * config.vocab_size,
         # [vocab_size] each, read and written only where a step's options need them
-        "scores": 4 * config.vocab_size, "listed": 8 * config.vocab_size,
-        "ranked": 8 * config.vocab_size, "noted": 8 * config.vocab_size,
+        "scores": 4 * config.vocab_size, "listed": 16 * config.vocab_size,
+        "ranked": 16 * config.vocab_size, "noted": 8 * config.vocab_size,
         "mask": 4 * -(-config.vocab_size // 32),
         "partials": 4 * tuning.grid * ATTENTION_ROWS * (config.head_dim + 4),
         # The same vectors of one column, in words that carry the number of a phase.
         "residual_words": 8 * config.dim, "qkv_words": 8 * qkv,
         "attended_words": 4 * config.n_heads * config.head_dim,
         "hidden_words": 4 * config.hidden_dim,
+        # What is largest among the logits of each block: so, too, with several columns.
+        "tops": 16 * tuning.grid,
         "profile": 8 * tuning.profile * tuning.grid * phases * PROFILE_MARKS,
         "prefill_parts": prefill_part_bytes, "prefill": prefill_bytes,
     }  # fmt: skip

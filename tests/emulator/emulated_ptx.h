@@ -233,7 +233,10 @@ inline u64 ld_relaxed_gpu(const u64* p) {
   emulated::after_poll(high, (u32)(v >> 32));
   return v;
 }
-inline ulonglong2 ld_relaxed_gpu(const ulonglong2* p) { return {ld_relaxed_gpu(&p->x), ld_relaxed_gpu(&p->y)}; }
+inline ulonglong2 ld_relaxed_gpu(const ulonglong2* p) {
+  if (reinterpret_cast<u64>(p) % sizeof(*p)) emulated::fail("a misaligned read of words");
+  return {ld_relaxed_gpu(&p->x), ld_relaxed_gpu(&p->y)};
+}
 inline void st_relaxed_gpu(u64* p, u64 v) {
   __atomic_store_n(p, v, __ATOMIC_RELAXED);
   emulated::progress();
@@ -245,7 +248,6 @@ inline void red_add_release_gpu(u32* p, u32 v) {
 inline void red_add(float* p, float v) { atomicAdd(p, v); }
 inline void red_add(u32* p, u32 v) { atomicAdd(p, v); }
 inline void red_add(u64* p, u64 v) { atomicAdd(p, v); }
-inline void red_max(u32* p, u32 v) { atomicMax(p, v); }
 inline u64 atom_add(u64* p, u64 v) { return atomicAdd(p, v); }
 inline u32 atom_add_acq_rel_gpu(u32* p, u32 v) {
   u32 old = __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
@@ -268,16 +270,23 @@ inline void st_release_sys(u64* p, u64 v) {
   __atomic_store_n(p, v, __ATOMIC_RELEASE);
   emulated::progress();
 }
-inline uint4 ld_cg(const uint4* p) { return *p; }
+namespace emulated {
+template <class T>
+T whole(const T* p) {  // a read of several words at once
+  if (reinterpret_cast<u64>(p) % sizeof(T)) fail("a misaligned read of %d bytes", (int)sizeof(T));
+  return *p;
+}
+}  // namespace emulated
+inline uint4 ld_cg(const uint4* p) { return emulated::whole(p); }
 inline float ld_cg(const float* p) { return *p; }
 inline u32 ld_cg(const u32* p) { return *p; }
-inline u64 ld_cg(const u64* p) { return *p; }
-inline uint2 ld_cg(const uint2* p) { return *p; }
-inline float2 ld_cg(const float2* p) { return *p; }
+inline u64 ld_cg(const u64* p) { return emulated::whole(p); }
+inline uint2 ld_cg(const uint2* p) { return emulated::whole(p); }
+inline float2 ld_cg(const float2* p) { return emulated::whole(p); }
 
-inline float4 ld_nc(const float4* p) { return *p; }
+inline float4 ld_nc(const float4* p) { return emulated::whole(p); }
 inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile u8*>(p); }  // so that sanitizers see a wrong address
-inline float2 ld_nc(const float2* p) { return *p; }
+inline float2 ld_nc(const float2* p) { return emulated::whole(p); }
 inline u8* anew(u8* p) { return p; }
 inline u8* kept_smem() { return dynamic_smem(); }
 inline u32 thread_index() { return threadIdx.x; }
@@ -317,6 +326,10 @@ inline void mma_m16n8k16_f16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 
 }
 
 // The pairs of a warp are an 8 x 8 matrix, lane 4 row + col / 2; gives each lane its pair of the transposed one.
+inline u32 redux_sync_max(u32 v) {
+  for (int i = 16; i; i /= 2) v = max(v, __shfl_xor_sync(0xffffffffu, v, i));
+  return v;
+}
 inline u32 movmatrix_trans(u32 pair) {
   const emulated::Slot* all = emulated::exchange(0xffffffffu, emulated::Exchange::movmatrix, &pair, 1);
   const u32 row = emulated::lane() / 4, col = emulated::lane() % 4 * 2;
