@@ -64,7 +64,7 @@ def step_args_dtype(head_dim: int) -> np.dtype[np.void]:
         ("alarm", "u32*"),  # host memory [8]: kind, block, phase, expected, seen
         ("kv_layer_bytes", "u64"), ("watchdog_ns", "u64"), ("seed", "u64"),
         ("top_p", "double"),
-        ("report", "u8*"),  # host memory: struct Report of cuda/sampler.cuh
+        ("report", "u8*"),  # host memory: struct Report of cuda/decide.cuh
         ("resumed", "float*"),  # what prefill left of the token before the last layer; null: none
         ("rope_turns", "u64", (head_dim // 2,)),  # one position's advance, in 2^-64 turns
         ("rope_scale", "float"), ("temperature", "float"), ("min_p", "float"),
@@ -166,7 +166,7 @@ def generate(
     per_token = prefill_token_bytes(config, layouts)
     tokens = prefill_tokens(tuning, max_context or config.max_context)
     panel_cols = maps["step_many"].panel_cols
-    # Who makes a logit ranks it (cuda/sampler.cuh): the head is not in parts.
+    # Who makes a logit ranks it (cuda/decide.cuh): the head is not in parts.
     shared = {kind: parts(layout, tuning, panel_cols) for kind, layout in layouts.items()}
     shared |= {"embed": 1, "head": 1}
     workspace = workspace_offsets(

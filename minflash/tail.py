@@ -1,4 +1,4 @@
-"""What a step's tail is told beside the sampling, and what it tells: as in cuda/sampler.cuh."""
+"""What a step's tail is told beside the sampling, and tells: cuda/adjust.cuh, cuda/decide.cuh."""
 
 from __future__ import annotations
 

@@ -81,17 +81,23 @@ BUGS = (
     Bug("attention: columns see later columns", r"smaller\(own, last\)", "last"),
     Bug("attention: arrivals are not reset", r"atom_inc_acq_rel_gpu\((work\.arrivals\(\) \+ team), plan\.splits - 1\)", r"atom_add_acq_rel_gpu(\1, 1)"),
     Bug("sampling: arrivals are not reset", r"if \(last\) \*arrivals = 0;"),
-    Bug("sampling: noise of the position before", r"args\.position \+ args\.n_columns\)", "args.position + args.n_columns - 1)"),
-    Bug("sampling: the tail is not emptied", r"if \(filters \|\| ranks\) work\.tail\(\)->top_score = [^;]*;"),
-    Bug("sampling: the grid's bins are not emptied", r"(i < sizeof\(Bins\) / 8; [^)]*\)) words\[i\] = 0;", r"\1;"),
+    Bug("sampling: noise of the position before, without filters", r"token, args\.position \+ args\.n_columns\)", "token, args.position + args.n_columns - 1)"),
+    Bug("sampling: noise of the position before, with filters", r"quad\.token, args\.position \+ args\.n_columns\)", "quad.token, args.position + args.n_columns - 1)"),
+    Bug("sampling: four neighbours have the same noise", r"gumbel\(words\.of\[j\]\)", "gumbel(words.of[0])"),
+    Bug("sampling: a block takes its own largest for everyone's", r"all = largest<Map>\(all, 1\);", "all = largest<Map>(mine, 1);"),
+    Bug("sampling: the largest are awaited of the phase before", r"words \+ 2 \* block \+ 1\}, 0, keys", "words + 2 * block + 1}, 1, keys"),
+    Bug("sampling: the tail is not emptied", r"if \(filters \|\| ranks\) leave_empty\(\);"),
+    Bug("sampling: the number of entries is not emptied", r"i < sizeof\(Tail\) / 8;", "i < sizeof(Bins) / 8;"),
     Bug("sampling: a carry is lost", r" \+ \(old \+ low < old\)"),
     Bug("sampling: the chosen token is not counted", r"if \(args\.adjust && chosen\) [^;]*;"),
-    Bug("sampling: scores of a bin too many are kept", r"bin_of\(top_score, score\) < bounds\.first", "bin_of(top_score, score) <= bounds.first"),
+    Bug("sampling: scores of a bin too many are kept", r"quad\.bin\[j\] < bounds\.first", "quad.bin[j] <= bounds.first"),
     Bug("sampling: the last bin is not listed", r"bin <= bounds\.last", "bin < bounds.last"),
     Bug("sampling: ranks count from the top of the vocabulary", r"bounds\.rank -= scores", "bounds.rank -= 0"),
     Bug("sampling: top_p is of all scores", r"if \(!bounds\.rank\) return bounds\.total;", "return bounds.total;"),
     Bug("sampling: min_p is not asked at the edge", r"u32 least = least_key;", "u32 least = 0;"),
-    Bug("log-probabilities: too few logits are listed", r"bin_of\(top_logit, logit\) <= bounds\.ranked", "bin_of(top_logit, logit) < bounds.ranked"),
+    Bug("sampling: of a short list equal keys come before each other", r"if \(other\.key > key\) before", "if (other.key >= key) before"),
+    Bug("sampling: of a long list the part after is taken", r"threadIdx\.x \* kEach \+ i\};\n", "threadIdx.x * kEach + i + 1};\n"),
+    Bug("log-probabilities: too few logits are listed", r"bin <= bounds\.ranked", "bin < bounds.ranked"),
     Bug("log-probabilities: of equal logits the last comes first", r"\| ~entry\.token", "| entry.token"),
     Bug("int4: the high nibbles count 16-fold", r"high_row \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
     Bug("the bias of int8's zero is forgotten", r"t0 = -128\.0f \* s0, t1 = -128\.0f \* s1", "t0 = 0, t1 = 0"),
@@ -132,7 +138,7 @@ SAMPLINGS = (
 
 # Bugs of synchronisation: each barrier of the source is dropped in turn.
 DROPPED = {
-    "grid barrier": r"\b(?:grid\.sync|exchange\.next)\(\);(?=  //)[^\n]*",
+    "grid barrier": r"\b(?:(?:exchange\.)?grid\.sync|exchange\.next)\(\);(?=  //)[^\n]*",
     "barrier of a block": r"(?<!void )\bsync_consumers\(\);[^\n]*",
     "barrier of a warp": r"__syncwarp\(\);[^\n]*",
     "barrier before the roles part": r"__syncthreads\(\);[^\n]*",
@@ -191,7 +197,7 @@ def dropped() -> Iterator[Bug]:
             what = f"{file}: {where}"
             if kind != "grid barrier":
                 yield Bug(f"no {kind}: {what}", pattern, ";", index)
-            elif file == "sampler.cuh":
+            elif file == "decide.cuh":
                 yield Bug(f"no {kind}: {what}", pattern, ";", index, barriers_of_tail=1)
             else:
                 layer, step = (0, 1) if "embedding" in comment else (1, 0)

@@ -189,7 +189,7 @@ def test_the_command_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
         ("4.9", "fits          no: not even the weights fit; take a smaller type with --quant"),
         ("5", "no: weights and workspace take 5.06 GB and 0.27 GB stay free, which leaves no room"),
         ("5.327", "no: weights and workspace take 5.06 GB and 0.27 GB stay free, which leaves no"),
-        ("6", "no: the largest context that fits is 5120 (the model's own limit is 131072)"),
+        ("6", "no: the largest context that fits is 5104 (the model's own limit is 131072)"),
     ],
 )
 def test_what_does_not_fit_is_said_and_is_no_error(

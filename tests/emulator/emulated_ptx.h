@@ -325,11 +325,12 @@ inline void mma_m16n8k16_f16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 
   emulated::mma(emulated::Exchange::mma_f16, c, a0, a1, a2, a3, b0, b1);
 }
 
-// The pairs of a warp are an 8 x 8 matrix, lane 4 row + col / 2; gives each lane its pair of the transposed one.
 inline u32 redux_sync_max(u32 v) {
   for (int i = 16; i; i /= 2) v = max(v, __shfl_xor_sync(0xffffffffu, v, i));
   return v;
 }
+
+// The pairs of a warp are an 8 x 8 matrix, lane 4 row + col / 2; gives each lane its pair of the transposed one.
 inline u32 movmatrix_trans(u32 pair) {
   const emulated::Slot* all = emulated::exchange(0xffffffffu, emulated::Exchange::movmatrix, &pair, 1);
   const u32 row = emulated::lane() / 4, col = emulated::lane() % 4 * 2;
