@@ -96,7 +96,6 @@ BUGS = (
     Bug("sampling: top_p is of all scores", r"if \(!bounds\.rank\) return bounds\.total;", "return bounds.total;"),
     Bug("sampling: min_p is not asked at the edge", r"u32 least = least_key;", "u32 least = 0;"),
     Bug("sampling: of a short list equal keys come before each other", r"if \(other\.key > key\) before", "if (other.key >= key) before"),
-    Bug("sampling: of a long list the part after is taken", r"threadIdx\.x \* kEach \+ i\};\n", "threadIdx.x * kEach + i + 1};\n"),
     Bug("log-probabilities: too few logits are listed", r"bin <= bounds\.ranked", "bin < bounds.ranked"),
     Bug("log-probabilities: of equal logits the last comes first", r"\| ~entry\.token", "| entry.token"),
     Bug("int4: the high nibbles count 16-fold", r"high_row \? kSubnormal / 16 : kSubnormal", "kSubnormal"),
