@@ -73,7 +73,7 @@ def workspace_offsets(
         "residual_words": 8 * config.dim, "qkv_words": 8 * qkv,
         "attended_words": 4 * config.n_heads * config.head_dim,
         "hidden_words": 4 * config.hidden_dim,
-        # What is largest among the logits of each block: so, too, with several columns.
+        # The largest of each block's scores and logits, in such words whatever the columns.
         "tops": 16 * tuning.grid,
         "profile": 8 * tuning.profile * tuning.grid * phases * PROFILE_MARKS,
         "prefill_parts": prefill_part_bytes, "prefill": prefill_bytes,
