@@ -2,7 +2,8 @@
 //
 // With several columns they lie in plain vectors, which blocks copy into shared memory (columns.cuh), and a grid
 // barrier ends each phase. With one column there is no barrier: each value travels in a 64-bit word with the number of the phase that wrote it, and a
-// reader polls the words that it needs. That saves a fence, an atomic and a read of L2 a phase.
+// reader polls the words that it needs. That saves a fence, an atomic and a read of L2 a phase. The largest values of the
+// tail (decide.cuh) travel so with several columns too.
 //
 // No word is overwritten before all its readers have read it: whoever is two phases further has seen
 // results of every block that had work in between, and each of those began with reading its own words. A
